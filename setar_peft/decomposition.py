@@ -1,0 +1,186 @@
+"""Splitting a weight into the components that are kept and those that are removed (paper, section 3.1).
+
+Pure tensors: nothing here knows PEFT or a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+PruneStrategy = Literal["minor", "principal", "random"]
+PRUNE_STRATEGIES: tuple[str, ...] = get_args(PruneStrategy)
+
+
+class Residual(NamedTuple):
+    """The removed components of a weight W (m x n), as factors: W = W_hat + B0 @ A0.
+
+    Attributes:
+        b0: U * sqrt(S) over the removed components, (m, r) (paper, Eq. 7).
+        a0: sqrt(S) * Vh over the removed components, (r, n) (paper, Eq. 8).
+    """
+
+    b0: Tensor
+    a0: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of removed components r."""
+        return self.b0.shape[1]
+
+
+def check_rank_ratio(rank_ratio: float, where: str = "rank_ratio") -> float:
+    """Return `rank_ratio` as a float if it is a share of components that can be removed.
+
+    Args:
+        rank_ratio: Share of singular components to remove, 0 <= ratio < 1.
+        where: What the value is called in the error.
+
+    Raises:
+        ValueError: If it is not a number in [0, 1).
+    """
+    is_number = isinstance(rank_ratio, (int, float)) and not isinstance(rank_ratio, bool)
+    if not is_number or not 0 <= rank_ratio < 1:
+        raise ValueError(
+            f"{where} is {rank_ratio!r}; give a number in [0, 1): the share of singular components to remove, "
+            "for example 0.2."
+        )
+    return float(rank_ratio)
+
+
+def kept_rank(shape: tuple[int, int] | torch.Size, rank_ratio: float) -> int:
+    """Number of singular components kept, round((1 - ratio) * min(m, n)) (paper, section 3.1).
+
+    This is the one place that rounds; halves go to the even neighbour, as in the published code.
+
+    Args:
+        shape: (m, n) of the weight.
+        rank_ratio: Share of components removed, 0 <= ratio < 1.
+
+    Raises:
+        ValueError: If the ratio is outside [0, 1).
+    """
+    return round((1 - check_rank_ratio(rank_ratio)) * min(shape))
+
+
+def residual_rank(shape: tuple[int, int] | torch.Size, rank_ratio: float) -> int:
+    """Number of singular components removed: min(m, n) - `kept_rank`."""
+    return min(shape) - kept_rank(shape, rank_ratio)
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """The singular value decomposition of one weight, from which every rank ratio is served.
+
+    Attributes:
+        u: Left singular vectors, (m, min(m, n)).
+        s: Singular values in decreasing order, (min(m, n),).
+        vh: Right singular vectors, (min(m, n), n).
+        removal_order: Indices of all components in the order in which a growing ratio removes them, so
+            that the residual of a larger ratio contains the one of a smaller ratio.
+    """
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    removal_order: Tensor
+
+    def removed_components(self, rank_ratio: float) -> Tensor:
+        """Indices of the components that `rank_ratio` removes, in decreasing order of singular value."""
+        rank = residual_rank((self.u.shape[0], self.vh.shape[1]), rank_ratio)
+        return self.removal_order[:rank].sort().values
+
+    def residual(self, rank_ratio: float) -> Residual:
+        """Factors B0 (m, r) and A0 (r, n) of the components that `rank_ratio` removes.
+
+        Raises:
+            ValueError: If the ratio is outside [0, 1).
+        """
+        return self.residual_of(self.removed_components(rank_ratio))
+
+    def kept(self, rank_ratio: float) -> Tensor:
+        """The kept part W_hat of the weight, (m, n): the sum over the components left by `rank_ratio` (Eq. 5).
+
+        Equal to W - B0 @ A0 up to rounding; summed like this, it repeats the published code's figures to the bit
+        where the LAPACK is the same.
+
+        Raises:
+            ValueError: If the ratio is outside [0, 1).
+        """
+        keep = torch.ones_like(self.s, dtype=torch.bool)
+        keep[self.removed_components(rank_ratio)] = False
+        return (self.u[:, keep] * self.s[keep]) @ self.vh[keep]
+
+    def residual_of(self, components: Tensor) -> Residual:
+        """Factors B0 (m, r) and A0 (r, n) of the given components, (r,) integer indices."""
+        root = self.s[components].sqrt()
+        return Residual((self.u[:, components] * root).contiguous(), root[:, None] * self.vh[components])
+
+
+def decompose(
+    weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, name: str = "weight"
+) -> Decomposition:
+    """Decompose a weight W = U diag(S) Vh (paper, Eq. 4) in float32, or in float64 if it is float64.
+
+    Args:
+        weight: The matrix W, (m, n), of any floating dtype.
+        prune: Which components a ratio removes: the smallest singular values ("minor", the paper's method),
+            the largest ("principal"), or a random draw ("random"; paper, Table 18).
+        seed: Seed of the random draw. One draw a layer: `name` is mixed into the seed, so that the draw
+            depends neither on the order of layers nor on the process.
+        name: Name of the layer, for the errors and for the random draw.
+
+    Raises:
+        ValueError: If the weight is not a 2-D floating matrix, holds NaN or infinity, or `prune` is unknown.
+    """
+    if prune not in PRUNE_STRATEGIES:
+        raise ValueError(f"prune is {prune!r}; give one of {', '.join(map(repr, PRUNE_STRATEGIES))}.")
+    if weight.dim() != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; only a 2-D weight (of a Linear or a Conv1D) can be split. "
+            "Take it out of target_modules."
+        )
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {weight.dtype}; only a floating-point weight can be split. "
+            "Dequantise it, or take it out of target_modules."
+        )
+    matrix = weight.detach()
+    if matrix.dtype != torch.float64:
+        matrix = matrix.float()
+    if not torch.isfinite(matrix).all():
+        raise ValueError(
+            f"{name} holds NaN or infinity, so it has no singular values. Load the checkpoint again, "
+            "or take the layer out of target_modules."
+        )
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return Decomposition(u, s, vh, _removal_order(len(s), prune, seed, name).to(u.device))
+
+
+def base_agreement(weight: Tensor, residual: Residual) -> float:
+    """How well a residual fits a weight: <B0 A0, W> / ||B0 A0||^2.
+
+    It is 1 for the weight that the residual came from and near 0 for an unrelated one; NaN for an empty
+    residual. Costs 2 r (m n + r (m + n)) operations: the product B0 A0 is never formed.
+    """
+    if residual.rank == 0:
+        return math.nan
+    b0, a0 = residual.b0.float(), residual.a0.float()
+    inner = (b0.T @ weight.detach().float() * a0).sum(dtype=torch.float32)
+    norm = ((b0.T @ b0) * (a0 @ a0.T)).sum(dtype=torch.float32)
+    return float(inner / norm)
+
+
+def _removal_order(size: int, prune: PruneStrategy, seed: int, name: str) -> Tensor:
+    if prune == "minor":
+        return torch.arange(size - 1, -1, -1)
+    if prune == "principal":
+        return torch.arange(size)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(size, generator=generator)

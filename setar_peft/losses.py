@@ -1,0 +1,187 @@
+"""The LoCoOp loss as sums and counts, so that it does not depend on how the data is cut.
+
+Loss = ID loss + lambda * OOD loss (paper, Eq. 12): the mean over images of the cross entropy, and the mean over all
+OOD patches of the set of minus the entropy (Eq. 11). A patch is OOD if its true class is not among its top K (Eq. 10).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Local logits formed at once, as a number of elements: they stay within a processor's cache or a sliver of a GPU's
+# memory, and an image set's images x patches x classes never exists as a whole.
+LOCAL_LOGITS_CHUNK = {"cpu": 2**18, "cuda": 2**26}
+
+
+class ClassWeights(NamedTuple):
+    """The linear map from features to logits: logits = features @ weight.T + bias.
+
+    Attributes:
+        weight: (classes, d), float32; CLIP's logit scale is inside.
+        bias: (classes,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (..., classes) of features (..., d), float32."""
+        return F.linear(features.float(), self.weight, self.bias)
+
+
+class LossSums(NamedTuple):
+    """What adds up over batches and processes; each is a float64 scalar (float32 where the device has no float64).
+
+    Attributes:
+        id_loss: Sum over images of the cross entropy.
+        images: Number of images.
+        ood_loss: Sum over OOD patches of minus the entropy.
+        ood_patches: Number of OOD patches.
+        patches: Number of patches.
+        correct: Number of images whose largest logit is the true class's.
+    """
+
+    id_loss: Tensor
+    images: Tensor
+    ood_loss: Tensor
+    ood_patches: Tensor
+    patches: Tensor
+    correct: Tensor
+
+
+class LossValues(NamedTuple):
+    """The loss of a set and its parts.
+
+    Attributes:
+        total: ID loss + lambda * OOD loss.
+        id_loss: Mean cross entropy over images.
+        ood_loss: Mean of minus the entropy over OOD patches; 0 where there are none.
+        accuracy: Share of images classified right, 0 to 1.
+        ood_patch_share: Share of patches that are OOD, 0 to 1.
+    """
+
+    total: float
+    id_loss: float = math.nan
+    ood_loss: float = math.nan
+    accuracy: float = math.nan
+    ood_patch_share: float = math.nan
+
+
+def ood_patch_mask(local_logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
+    """Which patches do not have the true class among their top K (paper, Eq. 10).
+
+    The rank of the true class is a count of larger logits; ties are in its favour.
+
+    Args:
+        local_logits: (images, patches, classes).
+        labels: (images,) class indices.
+        top_k: K, 0 to the number of classes: 0 makes every patch OOD, the number of classes none.
+
+    Returns:
+        (images, patches), bool.
+    """
+    true = local_logits.gather(-1, labels.view(-1, 1, 1).expand(-1, local_logits.shape[1], 1))
+    return (local_logits > true).sum(-1) >= top_k
+
+
+def negative_entropy(logits: Tensor, eps: float = 1e-5) -> Tensor:
+    """Minus the entropy of softmax(logits), sum p log(p + eps), over the last axis (paper, Eq. 11).
+
+    Args:
+        logits: (..., classes).
+        eps: Added inside the logarithm, as in the published code; 0 gives the exact entropy.
+
+    Returns:
+        (...), in [-log classes, about 0].
+    """
+    log_probabilities = logits.log_softmax(-1)
+    probabilities = log_probabilities.exp()
+    if eps:
+        return (probabilities * (probabilities + eps).log()).sum(-1)
+    return (probabilities * log_probabilities).sum(-1)
+
+
+def locoop_sums(
+    pooled: Tensor, local: Tensor, classes: ClassWeights, labels: Tensor, *, top_k: int, eps: float = 1e-5
+) -> LossSums:
+    """The summed LoCoOp loss of some images.
+
+    Args:
+        pooled: (images, d) features of the whole images, as `classes` takes them.
+        local: (images, patches, d) features of the patches.
+        classes: The map to logits.
+        labels: (images,) class indices.
+        top_k: K of Eq. 10.
+        eps: Of the entropy (see `negative_entropy`).
+    """
+    exact = torch.float32 if pooled.device.type == "mps" else torch.float64
+    logits = classes.logits(pooled)
+    images, patches = local.shape[:2]
+    rows = local.flatten(0, 1)
+    row_labels = labels.repeat_interleave(patches)
+    ood_loss = torch.zeros((), dtype=exact, device=logits.device)
+    ood_patches = torch.zeros((), dtype=exact, device=logits.device)
+    chunk = LOCAL_LOGITS_CHUNK.get(rows.device.type, 2**24) // max(1, logits.shape[1])
+    # With K classes or more in the top K no patch is OOD, and the local logits need not exist.
+    for start in range(0, len(rows) if top_k < logits.shape[1] else 0, max(1, chunk)):
+        part = slice(start, start + max(1, chunk))
+        local_logits = classes.logits(rows[part])
+        is_ood = ood_patch_mask(local_logits[:, None], row_labels[part], top_k)[:, 0]
+        ood_loss += negative_entropy(local_logits[is_ood], eps).sum(dtype=exact)
+        ood_patches += is_ood.sum()
+    return LossSums(
+        F.cross_entropy(logits, labels, reduction="none").sum(dtype=exact),
+        logits.new_tensor(images, dtype=exact),
+        ood_loss,
+        ood_patches,
+        logits.new_tensor(images * patches, dtype=exact),
+        (logits.argmax(-1) == labels).sum().to(exact),
+    )
+
+
+def locoop_values(sums: LossSums | Tensor, ood_weight: float) -> LossValues:
+    """The loss of a set from its sums (paper, Eq. 12).
+
+    Args:
+        sums: The sums over the whole set, or the same stacked into a tensor (6,).
+        ood_weight: lambda.
+    """
+    id_sum, images, ood_sum, ood_patches, patches, correct = (float(value) for value in sums)
+    id_loss = id_sum / images
+    ood_loss = ood_sum / ood_patches if ood_patches else 0.0
+    return LossValues(
+        id_loss + ood_weight * ood_loss, id_loss, ood_loss, correct / images, ood_patches / patches
+    )
+
+
+def locoop_loss(
+    global_logits: Tensor,
+    local_logits: Tensor,
+    labels: Tensor,
+    *,
+    ood_weight: float,
+    top_k: int,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The LoCoOp loss of one batch of logits, differentiable (paper, Eq. 10 to 12).
+
+    Args:
+        global_logits: (images, classes).
+        local_logits: (images, patches, classes).
+        labels: (images,) class indices.
+        ood_weight: lambda, the weight of the OOD loss.
+        top_k: K of Eq. 10.
+        eps: Of the entropy (see `negative_entropy`).
+
+    Returns:
+        The loss, a float32 scalar.
+    """
+    is_ood = ood_patch_mask(local_logits.detach(), labels, top_k)
+    id_loss = F.cross_entropy(global_logits.float(), labels)
+    ood_loss = negative_entropy(local_logits[is_ood].float(), eps).sum() / is_ood.sum().clamp(min=1)
+    return id_loss + ood_weight * ood_loss

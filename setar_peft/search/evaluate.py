@@ -1,0 +1,258 @@
+"""How the loss of a candidate is computed: by replay through a backbone's towers, or by a callable, in full."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from setar_peft.backbones import Backbone, ImageFeatures, Tower, TowerInput
+from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, decompose
+from setar_peft.losses import ClassWeights, LossValues
+from setar_peft.objective import Objective
+from setar_peft.search.prefix import SharedPrefix
+from setar_peft.search.recording import MemoryBudget, Recording
+from setar_peft.search.weights import SwappableWeight
+
+# Called once for each candidate and batch, with the layer, the ratio and the share of the layer's work now done.
+Progress = Callable[[str, float, float], None]
+
+
+class Evaluator(ABC):
+    """Computes losses with layers truncated, and remembers what was chosen.
+
+    Args:
+        model: The model; its weights are exchanged while a loss is computed, never written to.
+        layers: Full names of the layers that are searched.
+        prune: Which components a ratio removes.
+        seed: Seed of the random strategy.
+        keep_decompositions: Keep every layer's decomposition, for searches that come back to a layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        prune: PruneStrategy,
+        seed: int,
+        *,
+        keep_decompositions: bool,
+    ) -> None:
+        self.model = model
+        self.weights = {name: SwappableWeight(name, model.get_submodule(name)) for name in layers}
+        self.residuals: dict[str, Residual] = {}
+        self._prune: PruneStrategy = prune
+        self._seed = seed
+        self._keep = keep_decompositions
+        self._decompositions: dict[str, Decomposition] = {}
+
+    @abstractmethod
+    def initial(self) -> LossValues:
+        """Losses of the model as it is."""
+
+    @abstractmethod
+    def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
+        """Losses with one layer truncated by each of the ratios."""
+
+    def choose(self, layer: str, rank_ratio: float) -> None:
+        """Truncate a layer by a ratio for all later evaluations; 0 puts the original back."""
+        if rank_ratio == 0:
+            self.weights[layer].restore()
+            self.residuals.pop(layer, None)
+            return
+        decomposition = self._decomposition(layer)
+        self.residuals[layer] = decomposition.residual(rank_ratio)
+        self.weights[layer].set(decomposition.kept(rank_ratio))
+
+    def restore(self) -> None:
+        """Put every original weight back."""
+        for weight in self.weights.values():
+            weight.restore()
+
+    def matrices(self, layer: str, ratios: Sequence[float]) -> Iterator[Tensor]:
+        """The layer's weight, (m, n), truncated by each of the ratios."""
+        decomposition = self._decomposition(layer)
+        for ratio in ratios:
+            yield decomposition.kept(ratio)
+
+    def _decomposition(self, layer: str) -> Decomposition:
+        if layer not in self._decompositions:
+            if not self._keep:
+                self._decompositions.clear()
+            self._decompositions[layer] = decompose(
+                self.weights[layer].original, self._prune, seed=self._seed, name=layer
+            )
+        return self._decompositions[layer]
+
+
+class FullEvaluator(Evaluator):
+    """A plain callable objective: the model is evaluated in full for each candidate."""
+
+    def __init__(
+        self, objective: Callable[[nn.Module], float], model: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(model, *args, **kwargs)
+        self._objective = objective
+
+    def initial(self) -> LossValues:
+        """What the objective says of the model as it is."""
+        return LossValues(float(self._objective(self.model)))
+
+    def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
+        """What the objective says of the model with one layer truncated by each of the ratios."""
+        losses = []
+        for done, (ratio, matrix) in enumerate(zip(ratios, self.matrices(layer, ratios), strict=True), 1):
+            with self.weights[layer].holding(matrix):
+                losses.append(self.initial())
+            progress(layer, ratio, done / len(ratios))
+        return losses
+
+
+class ReplayEvaluator(Evaluator):
+    """An `Objective` on a backbone: nothing that a candidate leaves unchanged is computed for it.
+
+    The blocks below the searched layer are replayed from a recording, what runs before the layer within its block is
+    shared between candidates, and the other tower's features are kept until that tower changes.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        backbone: Backbone,
+        *args: Any,
+        recording_memory: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone.model, *args, **kwargs)
+        self._objective = objective
+        self._backbone = backbone
+        self._device = next(backbone.model.parameters()).device
+        self._budget = MemoryBudget(self._device, recording_memory)
+        self._labels: list[Tensor] = []
+        self._images = self._record("vision", self._image_inputs())
+        self._prompts = None
+        if "text" in backbone.towers:
+            self._prompts = self._record("text", self._prompt_inputs())
+        self._image_features: list[ImageFeatures] | None = None
+        self._class_weights: ClassWeights | None = None
+
+    def initial(self) -> LossValues:
+        """Losses of the model as it is; on the way the towers' hidden states are recorded."""
+        classes = self._classes()
+        sums: Tensor | float = 0.0
+        for features, labels in zip(self._features(), self._labels, strict=True):
+            sums = sums + self._objective.sums(features, classes, labels)
+        assert isinstance(sums, Tensor)
+        return self._objective.values(sums)
+
+    def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
+        """Losses with one layer truncated by each of the ratios."""
+        matrices = list(self.matrices(layer, ratios))
+        evaluate = self._vision_sums if self._backbone.locate(layer).tower == "vision" else self._text_sums
+        return [self._objective.values(sums) for sums in evaluate(layer, ratios, matrices, progress)]
+
+    def choose(self, layer: str, rank_ratio: float) -> None:
+        """Truncate a layer for all later evaluations, and forget what was computed with its old weight."""
+        super().choose(layer, rank_ratio)
+        location = self._backbone.locate(layer)
+        if location.tower == "vision":
+            self._images.forget_above(location.level)
+            self._image_features = None
+        else:
+            assert self._prompts is not None
+            self._prompts.forget_above(location.level)
+            self._class_weights = None
+
+    def _vision_sums(
+        self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress
+    ) -> list[Tensor]:
+        # Only the candidates' features are read now; keeping the present ones would cost their memory for nothing.
+        self._image_features = None
+        classes = self._classes()
+        sums: list[Any] = [0.0] * len(ratios)
+        for batch, labels in enumerate(self._labels):
+            for index, outputs in enumerate(self._candidates(self._images, batch, layer, matrices)):
+                sums[index] = sums[index] + self._objective.sums(self._embedded(outputs), classes, labels)
+                share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
+                progress(layer, ratios[index], share)
+        return sums
+
+    def _text_sums(
+        self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress
+    ) -> list[Tensor]:
+        assert self._prompts is not None
+        features: list[list[Tensor]] = [[] for _ in ratios]
+        for batch in range(len(self._prompts)):
+            for index, outputs in enumerate(self._candidates(self._prompts, batch, layer, matrices)):
+                features[index].append(outputs[0])
+        candidates = [self._backbone.class_weights(torch.cat(parts)) for parts in features]
+        sums: list[Any] = [0.0] * len(ratios)
+        images = self._features()
+        for batch, (image_features, labels) in enumerate(zip(images, self._labels, strict=True)):
+            for index, classes in enumerate(candidates):
+                sums[index] = sums[index] + self._objective.sums(image_features, classes, labels)
+                share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
+                progress(layer, ratios[index], share)
+        return sums
+
+    def _candidates(
+        self, recording: Recording, batch: int, layer: str, matrices: Sequence[Tensor]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The tower's features of one batch with each of the candidate weights."""
+        tower = recording.tower
+        level = self._backbone.locate(layer).level
+        hidden = recording.input_at(batch, min(level, len(tower.blocks) - 1))
+        weight = self.weights[layer]
+        prefix = SharedPrefix(tower.modules_at(level), weight.module)
+        for index, matrix in enumerate(matrices):
+            with weight.holding(matrix), prefix.record() if index == 0 else prefix.replay():
+                outputs = _forward_from(tower, recording.entry(batch), level, hidden)
+            yield outputs
+
+    def _features(self) -> list[ImageFeatures]:
+        if self._image_features is None:
+            self._image_features = [self._embedded(outputs) for outputs in _all_features(self._images)]
+        return self._image_features
+
+    def _classes(self) -> ClassWeights:
+        if self._class_weights is None:
+            text = None
+            if self._prompts is not None:
+                text = torch.cat([outputs[0] for outputs in _all_features(self._prompts)])
+            self._class_weights = self._backbone.class_weights(text)
+        return self._class_weights
+
+    def _embedded(self, outputs: Sequence[Tensor]) -> ImageFeatures:
+        return ImageFeatures(*(self._backbone.embed(features) for features in outputs))
+
+    def _record(self, tower: str, inputs: Iterable[Mapping[str, Tensor]]) -> Recording:
+        return Recording(self._backbone.towers[tower], inputs, self._device, self._budget)
+
+    def _image_inputs(self) -> Iterator[dict[str, Tensor]]:
+        for pixel_values, labels in self._objective.batches():
+            self._backbone.check_pixels(pixel_values)
+            self._labels.append(labels.to(self._device))
+            yield {"pixel_values": pixel_values}
+
+    def _prompt_inputs(self) -> Iterator[dict[str, Tensor]]:
+        tokens = self._objective.class_tokens()
+        size = self._objective.prompt_batch_size
+        for start in range(0, len(tokens["input_ids"]), size):
+            yield {key: value[start : start + size] for key, value in tokens.items()}
+
+
+def _forward_from(tower: Tower, entry: TowerInput, level: int, hidden: Tensor) -> tuple[Tensor, ...]:
+    """The tower's features from the input of block `level` (of the last block, for a level above it)."""
+    for current in range(level, len(tower.blocks) - 1):
+        hidden = tower.step(entry, current, hidden)
+    return tower.finish(entry, hidden)
+
+
+def _all_features(recording: Recording) -> Iterator[tuple[Tensor, ...]]:
+    tower = recording.tower
+    for batch in range(len(recording)):
+        hidden = recording.input_at(batch, len(tower.blocks) - 1)
+        yield tower.finish(recording.entry(batch), hidden)

@@ -1,0 +1,93 @@
+"""Which modules are adapted, and with which ratio (invariant: a key is never guessed at)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def targeted_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a config targets, by full name, by PEFT's rules; what lies inside adapters is left out.
+
+    Args:
+        config: A config with `target_modules`; "all-linear" in it is spelled out, in place.
+        model: The model.
+
+    Raises:
+        TypeError: If a target is no linear layer.
+    """
+    config = _maybe_include_all_linear_layers(config, model)
+    targets: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        if not check_target_module_exists(config, name):
+            continue
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            if resolve_quantization_backend(base, **get_quantization_kwargs(model)) is None:
+                raise TypeError(
+                    f"{name} is a {type(base).__name__}; a SeTAR adapter goes on torch.nn.Linear and transformers' "
+                    "Conv1D layers. Change target_modules or exclude_modules."
+                )
+        targets[name] = module
+    return targets
+
+
+def resolve_rank_ratios(rank_ratios: float | Mapping[str, float], targets: Iterable[str]) -> dict[str, float]:
+    """Give every target its rank ratio.
+
+    Args:
+        rank_ratios: One ratio for all, or a mapping whose keys are full module names or suffixes of them. A full
+            name wins over a suffix.
+        targets: Full names of the targeted modules.
+
+    Returns:
+        Module name -> ratio, in the order of `targets`; 0 where no key matches.
+
+    Raises:
+        ValueError: If a key matches no target, or two suffixes match one target.
+    """
+    names = list(targets)
+    if not isinstance(rank_ratios, Mapping):
+        return dict.fromkeys(names, float(rank_ratios))
+    exact = {name for name in rank_ratios if name in set(names)}
+    suffixes = {
+        key: [name for name in names if name.endswith(f".{key}")] for key in rank_ratios if key not in exact
+    }
+    unmatched = sorted(key for key, matches in suffixes.items() if not matches)
+    if unmatched:
+        raise ValueError(
+            f"rank_ratios has keys that match no targeted module: {', '.join(map(repr, unmatched))}. "
+            f"Give full names or suffixes of: {_some(names)}."
+        )
+    resolved = {}
+    for name in names:
+        if name in exact:
+            resolved[name] = float(rank_ratios[name])
+            continue
+        keys = [key for key, matches in suffixes.items() if name in matches]
+        if len(keys) > 1:
+            raise ValueError(
+                f"rank_ratios has several keys that match {name!r}: {', '.join(map(repr, sorted(keys)))}. "
+                "Keep one, or add the full name."
+            )
+        resolved[name] = float(rank_ratios[keys[0]]) if keys else 0.0
+    return resolved
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    shown = ", ".join(map(repr, names[:limit]))
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} modules)"
