@@ -122,9 +122,7 @@ class Decomposition:
         return Residual((self.u[:, components] * root).contiguous(), root[:, None] * self.vh[components])
 
 
-def decompose(
-    weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, name: str = "weight"
-) -> Decomposition:
+def decompose(weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, name: str = "weight") -> Decomposition:
     """Decompose a weight W = U diag(S) Vh (paper, Eq. 4) in float32, or in float64 if it is float64.
 
     Args:

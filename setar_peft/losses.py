@@ -154,9 +154,7 @@ def locoop_values(sums: LossSums | Tensor, ood_weight: float) -> LossValues:
     id_sum, images, ood_sum, ood_patches, patches, correct = (float(value) for value in sums)
     id_loss = id_sum / images
     ood_loss = ood_sum / ood_patches if ood_patches else 0.0
-    return LossValues(
-        id_loss + ood_weight * ood_loss, id_loss, ood_loss, correct / images, ood_patches / patches
-    )
+    return LossValues(id_loss + ood_weight * ood_loss, id_loss, ood_loss, correct / images, ood_patches / patches)
 
 
 def locoop_loss(

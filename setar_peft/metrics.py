@@ -92,9 +92,7 @@ def fpr_at_tpr(
     _check_choice("positive", positive, get_args(Positive))
     _check_choice("threshold", threshold, get_args(ThresholdRule))
     if not 0 < tpr <= 1:
-        raise ValueError(
-            f"tpr is {tpr!r}; give the share of the positive class to find, in (0, 1], such as 0.95."
-        )
+        raise ValueError(f"tpr is {tpr!r}; give the share of the positive class to find, in (0, 1], such as 0.95.")
     is_positive, scores = _ranked(id_scores, ood_scores, positive)
     # Dropping points that lie on a straight piece of the curve would drop candidates for the threshold.
     fprs, tprs, thresholds = roc_curve(is_positive, scores, drop_intermediate=False)
@@ -220,15 +218,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
         )
     broken = int(logits.isnan().any(-1).sum())
     if broken:
-        raise ValueError(
-            f"logits hold NaN in {broken} of {len(logits)} images; look for an overflow in the model."
-        )
+        raise ValueError(f"logits hold NaN in {broken} of {len(logits)} images; look for an overflow in the model.")
     return int((logits.argmax(-1) == labels.to(logits.device)).sum()) / len(logits)
 
 
-def _area_under_precision_recall(
-    id_scores: Scores, ood_scores: Scores, positive: Positive, area: AreaRule
-) -> float:
+def _area_under_precision_recall(id_scores: Scores, ood_scores: Scores, positive: Positive, area: AreaRule) -> float:
     _check_choice("area", area, get_args(AreaRule))
     is_positive, scores = _ranked(id_scores, ood_scores, positive)
     if area == "average_precision":
@@ -237,9 +231,7 @@ def _area_under_precision_recall(
     return float(auc(recalls, precisions))
 
 
-def _ranked(
-    id_scores: Scores, ood_scores: Scores, positive: Positive
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _ranked(id_scores: Scores, ood_scores: Scores, positive: Positive) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Both sides for scikit-learn: which are positive, and scores that are higher for those; (n + m,)."""
     id_array, ood_array = _as_array("id_scores", id_scores), _as_array("ood_scores", ood_scores)
     is_id = np.repeat([1, 0], [len(id_array), len(ood_array)])
@@ -260,8 +252,7 @@ def _as_array(argument: str, scores: Scores) -> NDArray[np.float64]:
     broken = int(np.count_nonzero(~np.isfinite(array)))
     if broken:
         raise ValueError(
-            f"{argument} hold NaN or infinity in {broken} of {len(array)} places; look for an overflow in "
-            "the model."
+            f"{argument} hold NaN or infinity in {broken} of {len(array)} places; look for an overflow in the model."
         )
     return array
 

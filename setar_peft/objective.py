@@ -51,7 +51,7 @@ class Objective(ABC):
         Args:
             model: A stock model of a known family, or the same with adapters.
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base: nn.Module = getattr(model, "get_base_model", lambda: model)()
         backbone = backbone_of(base)
         device = next(base.parameters()).device
         training = [module for module in base.modules() if module.training]
@@ -161,9 +161,7 @@ def _checked_names(class_names: Sequence[str]) -> list[str]:
 def _prompts(prompt: str | Sequence[str], names: Sequence[str]) -> list[str]:
     if isinstance(prompt, str):
         if "{class}" not in prompt:
-            raise ValueError(
-                f'prompt is {prompt!r}; put "{{class}}" where the class name goes, as in {PROMPT!r}.'
-            )
+            raise ValueError(f'prompt is {prompt!r}; put "{{class}}" where the class name goes, as in {PROMPT!r}.')
         return [prompt.replace("{class}", name) for name in names]
     if len(prompt) != len(names):
         raise ValueError(f"prompt has {len(prompt)} texts for {len(names)} classes; give one text a class.")
@@ -172,9 +170,7 @@ def _prompts(prompt: str | Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _checked_loss(ood_weight: float, top_k: int, classes: int) -> tuple[float, int]:
     if not isinstance(ood_weight, (int, float)) or not 0 <= ood_weight < float("inf"):
-        raise ValueError(
-            f"ood_weight is {ood_weight!r}; give a finite number of 0 or more, such as the paper's 0.1."
-        )
+        raise ValueError(f"ood_weight is {ood_weight!r}; give a finite number of 0 or more, such as the paper's 0.1.")
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= classes:
         raise ValueError(
             f"top_k is {top_k!r} with {classes} classes; give an integer from 0 (every patch counts as OOD) to "

@@ -78,9 +78,7 @@ def local_mcm(local_logits: Tensor, temperature: float = 1.0, pooling: Pooling =
     )
 
 
-def gl_mcm(
-    global_logits: Tensor, local_logits: Tensor, temperature: float = 1.0, pooling: Pooling = "patch"
-) -> Tensor:
+def gl_mcm(global_logits: Tensor, local_logits: Tensor, temperature: float = 1.0, pooling: Pooling = "patch") -> Tensor:
     """GL-MCM: `mcm` of the whole image plus `local_mcm` of its patches (paper, Eq. 2).
 
     Args:
@@ -162,9 +160,7 @@ def entropy(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """
     _check_logits("global_logits", global_logits, ("n", "classes"))
     # entr is 0 where p underflows to 0; p * log(p) would be NaN there.
-    return _per_image(
-        global_logits, temperature, lambda scaled: -torch.special.entr(scaled.softmax(-1)).sum(-1)
-    )
+    return _per_image(global_logits, temperature, lambda scaled: -torch.special.entr(scaled.softmax(-1)).sum(-1))
 
 
 def variance(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -183,9 +179,7 @@ def variance(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
     _check_logits("global_logits", global_logits, ("n", "classes"))
     # The mean of a softmax is 1 / classes; Tensor.var warns about a set without images.
     mean = 1 / global_logits.shape[-1]
-    return _per_image(
-        global_logits, temperature, lambda scaled: (scaled.softmax(-1) - mean).square().mean(-1)
-    )
+    return _per_image(global_logits, temperature, lambda scaled: (scaled.softmax(-1) - mean).square().mean(-1))
 
 
 @dataclass(frozen=True)
@@ -229,9 +223,7 @@ def find_score(name: str) -> Score:
     return SCORES[name]
 
 
-def score(
-    name: str, global_logits: Tensor, local_logits: Tensor | None = None, *, temperature: float = 1.0
-) -> Tensor:
+def score(name: str, global_logits: Tensor, local_logits: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
     """The score of that name.
 
     Args:
@@ -287,13 +279,10 @@ def _check_logits(argument: str, logits: Tensor, axes: tuple[str, ...]) -> None:
     if logits.ndim != len(axes):
         hint = " Join the height and width of the patches: logits.flatten(1, 2)." if logits.ndim == 4 else ""
         raise ValueError(
-            f"{argument} have shape {shape}, {logits.ndim} dimensions; give {len(axes)}: "
-            f"({', '.join(axes)}).{hint}"
+            f"{argument} have shape {shape}, {logits.ndim} dimensions; give {len(axes)}: ({', '.join(axes)}).{hint}"
         )
     if not logits.is_floating_point():
-        raise ValueError(
-            f"{argument} have dtype {logits.dtype}; give floating logits, as the model made them."
-        )
+        raise ValueError(f"{argument} have dtype {logits.dtype}; give floating logits, as the model made them.")
     for axis, size in zip(axes[1:], shape[1:], strict=True):
         if size == 0:
             raise ValueError(f"{argument} have shape {shape}, no {axis}; give at least one.")

@@ -182,10 +182,7 @@ def test_areas_by_counting(seed: int) -> None:
     for area, sides in ((aupr_in, (id_scores, ood_scores)), (aupr_out, (-ood_scores, -id_scores))):
         curve = counted_curve(*sides)
         previous = [(0.0, 1.0), *curve[:-1]]
-        steps = sum(
-            (recall - last) * precision
-            for (recall, precision), (last, _) in zip(curve, previous, strict=True)
-        )
+        steps = sum((recall - last) * precision for (recall, precision), (last, _) in zip(curve, previous, strict=True))
         lines = sum(
             (recall - last) * (precision + last_precision) / 2
             for (recall, precision), (last, last_precision) in zip(curve, previous, strict=True)
@@ -317,9 +314,7 @@ def test_accuracy() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 5, generator=generator)
     labels = torch.randint(5, (200,), generator=generator)
-    counted = sum(
-        row.index(max(row)) == label for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
-    )
+    counted = sum(row.index(max(row)) == label for row, label in zip(logits.tolist(), labels.tolist(), strict=True))
     assert accuracy(logits, labels) == counted / 200
     for dtype in (torch.int32, torch.uint8):
         assert accuracy(logits, labels.to(dtype)) == counted / 200

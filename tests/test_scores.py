@@ -144,9 +144,7 @@ def test_pooling_is_the_same_for_one_patch_and_follows_the_temperature(logits) -
     one_patch = local_logits[:, :1]
     torch.testing.assert_close(local_mcm(one_patch, 3.0), scores.mcm(one_patch[:, 0], 3.0))
     torch.testing.assert_close(local_mcm(one_patch, 3.0, "class"), scores.mcm(one_patch[:, 0], 3.0))
-    torch.testing.assert_close(
-        local_mcm(local_logits, 3.0, "class"), scores.mcm(local_logits.amax(1) / 3.0, 1.0)
-    )
+    torch.testing.assert_close(local_mcm(local_logits, 3.0, "class"), scores.mcm(local_logits.amax(1) / 3.0, 1.0))
     both = gl_mcm(global_logits, local_logits, 3.0, "class")
     torch.testing.assert_close(
         both, scores.mcm(global_logits, 3.0) + local_mcm(local_logits, 3.0, "class"), rtol=0, atol=0
@@ -230,9 +228,7 @@ def test_one_class_and_impossible_classes_are_numbers(name: str) -> None:
     ruled_out = torch.tensor([[3.0, 1.0, -math.inf]])
     without = ruled_out[:, :2]
     if name != "variance":  # the mean over classes counts those ruled out
-        torch.testing.assert_close(
-            score(name, ruled_out, ruled_out[:, None]), score(name, without, without[:, None])
-        )
+        torch.testing.assert_close(score(name, ruled_out, ruled_out[:, None]), score(name, without, without[:, None]))
 
 
 @pytest.mark.parametrize("name", SCORES)

@@ -213,9 +213,7 @@ class Backbone(ABC):
             pixel_values: (images, channels, height, width).
             classes: From `class_weights`.
         """
-        return Logits(
-            *(classes.logits(self.embed(features)) for features in self.image_features(pixel_values))
-        )
+        return Logits(*(classes.logits(self.embed(features)) for features in self.image_features(pixel_values)))
 
     def locate(self, module_name: str) -> Location:
         """Find a module's tower and level.

@@ -15,8 +15,8 @@ from setar_peft.losses import ClassWeights
 class _VisionTower(Tower):
     name = "vision"
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.blocks = model.vision_model.encoder.layers
         self.block_names = [f"vision_model.encoder.layers.{index}" for index in range(len(self.blocks))]
         self.head = {
@@ -43,8 +43,8 @@ class _VisionTower(Tower):
 class _TextTower(Tower):
     name = "text"
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any) -> None:
+        self.model = model
         self.blocks = model.text_model.encoder.layers
         self.block_names = [f"text_model.encoder.layers.{index}" for index in range(len(self.blocks))]
         self.head = {

@@ -91,9 +91,7 @@ class Evaluator(ABC):
 class FullEvaluator(Evaluator):
     """A plain callable objective: the model is evaluated in full for each candidate."""
 
-    def __init__(
-        self, objective: Callable[[nn.Module], float], model: nn.Module, *args: Any, **kwargs: Any
-    ) -> None:
+    def __init__(self, objective: Callable[[nn.Module], float], model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self._objective = objective
 

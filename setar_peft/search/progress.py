@@ -39,7 +39,7 @@ class SearchProgress:
         )
         self._task = self._bar.add_task("recording the towers", total=total)
 
-    def __enter__(self) -> SearchProgress:
+    def __enter__(self) -> SearchProgress:  # noqa: PYI034 - typing.Self is younger than Python 3.10
         self._bar.start()
         return self
 

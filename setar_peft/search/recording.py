@@ -94,9 +94,7 @@ class Recording:
             entry.hidden = kept
             self._entries.append(entry)
             self._states.append({0: kept})
-        size = sum(
-            state.numel() * state.element_size() for states in self._states for state in states.values()
-        )
+        size = sum(state.numel() * state.element_size() for states in self._states for state in states.values())
         # Levels above 0 that every batch may keep, so that no batch lives at another's expense.
         self._capacity = min(len(tower.blocks) - 1, max(0, int(budget.left // size)))
 
@@ -126,9 +124,7 @@ class Recording:
     def _keep(self, batch: int, level: int, wanted: int, hidden: Tensor) -> None:
         states = self._states[batch]
         if len(states) > self._capacity:
-            spare = [known for known in states if known > wanted] or [
-                known for known in states if 0 < known < level
-            ]
+            spare = [known for known in states if known > wanted] or [known for known in states if 0 < known < level]
             if not spare:
                 return
             self._budget.release(states.pop(min(spare)))

@@ -71,9 +71,7 @@ def search_rank_ratios(
             finite, or the loss of the base is not finite.
     """
     config = SeTARConfig() if config is None else config
-    adapted = next(
-        (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None
-    )
+    adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None:
         raise ValueError(
             f"The model has an adapter on {adapted}; the search starts from the base. Call unload() on the PEFT model "
@@ -147,9 +145,7 @@ def _layers_by_tower(
     """The layers to search by tower, each from the top down: later blocks first, and within a block what runs last."""
     config = copy.copy(config)
     if config.target_modules is None:
-        config.target_modules = default_target_modules(
-            getattr(getattr(model, "config", None), "model_type", None)
-        )
+        config.target_modules = default_target_modules(getattr(getattr(model, "config", None), "model_type", None))
     names = list(reversed(targeted_modules(config, model)))
     if not names:
         raise ValueError(
@@ -199,9 +195,7 @@ def _layer_work(location: Location, backbone: Backbone | None) -> float:
     return float(max(1, len(backbone.towers[location.tower].blocks) - location.level))
 
 
-def _work(
-    steps: Steps, locations: Mapping[str, Location], backbone: Backbone | None, config: SeTARConfig
-) -> float:
+def _work(steps: Steps, locations: Mapping[str, Location], backbone: Backbone | None, config: SeTARConfig) -> float:
     work = 0.0
     for index, step in enumerate(steps):
         mean = sum(_layer_work(locations[name], backbone) for name in step) / len(step)
@@ -243,7 +237,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, with training flags and random generators put back at the end."""
     training = [module for module in model.modules() if module.training]
     state = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - what other code draws from
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     model.eval()
     try:
         yield

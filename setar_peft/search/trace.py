@@ -80,9 +80,7 @@ class SearchTrace:
         for row in self.rows:
             numbers = [f"{value:.6f}" for value in row[5:10]]
             layer = "-" if row.layer_num is None else str(row.layer_num)
-            cells.append(
-                [str(row.step), row.tower_type, row.weight_type, layer, f"{row.best_ratio:.2f}", *numbers]
-            )
+            cells.append([str(row.step), row.tower_type, row.weight_type, layer, f"{row.best_ratio:.2f}", *numbers])
         widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells

@@ -3,10 +3,10 @@
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from setar_peft.tuner.peft_type import SETAR
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.layer import SeTARLayer, SeTARLinear
 from setar_peft.tuner.model import SeTARModel
+from setar_peft.tuner.peft_type import SETAR
 
 __all__ = ["SeTARConfig", "SeTARLayer", "SeTARLinear", "SeTARModel"]
 

@@ -105,9 +105,7 @@ def check_adapter_tensors(
             for kind, like in (("setar_B", b0), ("setar_A", a0)):
                 trained = tensors[f"{module}.{kind}"]
                 if trained.shape != like.shape:
-                    raise ValueError(
-                        f"{module}.{kind} has shape {tuple(trained.shape)}; expected {tuple(like.shape)}."
-                    )
+                    raise ValueError(f"{module}.{kind} has shape {tuple(trained.shape)}; expected {tuple(like.shape)}.")
         for kind in kinds:
             tensor = tensors[f"{module}.{kind}"]
             if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -133,14 +131,10 @@ def check_base(layers: Iterable[tuple[str, SeTARLayer, Residual]], *, strict: bo
     """
     misfits = []
     for name, layer, residual in layers:
-        if layer.weight.is_meta or (
-            layer.quantization_backend and not layer.quantization_backend.supports_merge
-        ):
+        if layer.weight.is_meta or (layer.quantization_backend and not layer.quantization_backend.supports_merge):
             continue
         weight = layer.base_matrix()
-        agreement = base_agreement(
-            weight, Residual(residual.b0.to(weight.device), residual.a0.to(weight.device))
-        )
+        agreement = base_agreement(weight, Residual(residual.b0.to(weight.device), residual.a0.to(weight.device)))
         if not math.isnan(agreement) and abs(agreement - 1) > _BASE_TOLERANCE:
             misfits.append(f"{name}: {agreement:.3f}")
     if not misfits:

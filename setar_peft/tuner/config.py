@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class SeTARConfig(PeftConfig):
     seed: int = 0
     finetune: bool = False
     init_weights: bool = True
-    candidate_ratios: Sequence[float] = DEFAULT_CANDIDATES
+    candidate_ratios: list[float] | tuple[float, ...] = DEFAULT_CANDIDATES
     order: str | list[str] = "vision_text"
     passes: int = 1
     recording_memory: float | None = None
@@ -80,7 +80,7 @@ class SeTARConfig(PeftConfig):
     strict_base: bool = field(default=False, compare=False)
     factors_saved: InitVar[bool] = False
 
-    def __post_init__(self, factors_saved: bool = False) -> None:
+    def __post_init__(self, factors_saved: bool) -> None:
         super().__post_init__()
         self.peft_type = SETAR
         # A config out of a saved adapter: its factors are in a file, and no decomposition is run to create them.
@@ -150,9 +150,7 @@ class SeTARConfig(PeftConfig):
                 f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is not given: say which blocks."
             )
         if self.prune not in PRUNE_STRATEGIES:
-            raise ValueError(
-                f"prune is {self.prune!r}; give one of {', '.join(map(repr, PRUNE_STRATEGIES))}."
-            )
+            raise ValueError(f"prune is {self.prune!r}; give one of {', '.join(map(repr, PRUNE_STRATEGIES))}.")
         if not _is_integer(self.seed) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; give an integer of 0 or more.")
         for name in ("finetune", "init_weights", "strict_base"):
@@ -176,13 +174,9 @@ class SeTARConfig(PeftConfig):
             self.rank_ratios = check_rank_ratio(self.rank_ratios, "rank_ratios")
 
     def _check_search(self) -> None:
-        if isinstance(self.candidate_ratios, str) or not isinstance(self.candidate_ratios, Sequence):
-            raise ValueError(
-                f"candidate_ratios is {self.candidate_ratios!r}; give a list of numbers in [0, 1)."
-            )
-        self.candidate_ratios = tuple(
-            check_rank_ratio(ratio, "candidate_ratios") for ratio in self.candidate_ratios
-        )
+        if not isinstance(self.candidate_ratios, (list, tuple)):
+            raise ValueError(f"candidate_ratios is {self.candidate_ratios!r}; give a list of numbers in [0, 1).")
+        self.candidate_ratios = tuple(check_rank_ratio(ratio, "candidate_ratios") for ratio in self.candidate_ratios)
         if not self.candidates:
             raise ValueError("candidate_ratios has no ratio above 0, so there is nothing to search.")
         if len(set(self.candidate_ratios)) != len(self.candidate_ratios):
@@ -193,9 +187,7 @@ class SeTARConfig(PeftConfig):
                     f"order is {self.order!r}; give one of {', '.join(map(repr, ORDERS))}, or a list of module names."
                 )
         elif not self.order or not all(isinstance(name, str) for name in self.order):
-            raise ValueError(
-                f"order is {self.order!r}; an explicit order is a list of module names, top first."
-            )
+            raise ValueError(f"order is {self.order!r}; an explicit order is a list of module names, top first.")
         if not _is_integer(self.passes) or self.passes < 1:
             raise ValueError(f"passes is {self.passes!r}; give an integer of 1 or more.")
         memory = self.recording_memory

@@ -51,6 +51,8 @@ class SeTARLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ("setar_A", "setar_B")
     other_param_names: tuple[str, ...] = ("setar_A0", "setar_B0", "setar_ratio")
 
+    base_layer: Any  # torch types what is stored in a module as "Tensor | Module"
+
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
         self.quantization_backend = resolve_quantization_backend(
@@ -217,9 +219,7 @@ class SeTARLayer(BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a merged layer is unmerged first, for the deleted adapter must not live on in it."""
         if adapter_name in self.merged_adapters:
-            warnings.warn(
-                f"Adapter {adapter_name} is merged. Unmerging the layer before deleting it.", stacklevel=2
-            )
+            warnings.warn(f"Adapter {adapter_name} is merged. Unmerging the layer before deleting it.", stacklevel=2)
             self.unmerge()
         self._awaiting.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
@@ -240,9 +240,7 @@ class SeTARLayer(BaseTunerLayer):
         # PEFT counts the containers of trainable tensors only; a training-free adapter would be inactive unnoticed.
         return set(self.setar_ratio.keys())
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT would also cast to the base's dtype, and a factor rounded to bfloat16 on loading is another adapter.
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -253,27 +251,21 @@ class SeTARLayer(BaseTunerLayer):
             if adapter_name in container and not container[adapter_name].is_meta:
                 container[adapter_name] = container[adapter_name].to(device)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in list(self._awaiting):
             if f"{prefix}setar_B0.{name}" in state_dict:
                 del self._awaiting[name]
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _ensure_factors(self, adapter_name: str) -> None:
         settings = self._awaiting.pop(adapter_name, None)
         if settings is None or torch.isfinite(self.setar_B0[adapter_name]).all():
             return
         finetune = self.is_finetuned(adapter_name)
-        self._set_factors(
-            adapter_name, self.split_base_weight(settings), finetune=finetune, init_weights=True
-        )
+        self._set_factors(adapter_name, self.split_base_weight(settings), finetune=finetune, init_weights=True)
 
-    def _set_factors(
-        self, adapter_name: str, residual: Residual, *, finetune: bool, init_weights: bool
-    ) -> None:
-        self.setar_B0[adapter_name], self.setar_A0[adapter_name] = residual
+    def _set_factors(self, adapter_name: str, residual: Residual, *, finetune: bool, init_weights: bool) -> None:
+        self.setar_B0[adapter_name], self.setar_A0[adapter_name] = residual.b0, residual.a0
         if not finetune:
             return
         b, a = residual.b0.clone(), residual.a0.clone()
@@ -301,9 +293,7 @@ class SeTARLayer(BaseTunerLayer):
 
     def _stored_weight(self) -> Any:
         return (
-            self.get_base_layer().weight
-            if self.quantization_backend is not None
-            else self.get_base_layer().weight.data
+            self.get_base_layer().weight if self.quantization_backend is not None else self.get_base_layer().weight.data
         )
 
     def _restore_weight(self, stored: Any) -> None:
@@ -348,12 +338,7 @@ class SeTARLinear(nn.Module, SeTARLayer):
     def _can_form_weight(self) -> bool:
         base = self.base_layer
         plain = type(base).forward in (nn.Linear.forward, Conv1D.forward)
-        return (
-            plain
-            and self.quantization_backend is None
-            and not base._forward_hooks
-            and not base._forward_pre_hooks
-        )
+        return plain and self.quantization_backend is None and not base._forward_hooks and not base._forward_pre_hooks
 
     def _forward_formed(self, x: Tensor, names: Sequence[str]) -> Tensor:
         # Under autocast the product of the factors would be rounded before it is subtracted.

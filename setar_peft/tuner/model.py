@@ -45,9 +45,7 @@ class SeTARModel(BaseTuner):
     def _check_new_adapter_config(self, config: SeTARConfig) -> None:
         super()._check_new_adapter_config(config)
         merged = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, SeTARLayer) and module.merged
+            name for name, module in self.model.named_modules() if isinstance(module, SeTARLayer) and module.merged
         ]
         if merged:
             raise ValueError(
@@ -73,9 +71,7 @@ class SeTARModel(BaseTuner):
         if peft_config.rank_ratios is None:
             search = type(self).search
             if search is None:
-                raise RuntimeError(
-                    "No search is known to the tuner; import setar_peft, not only setar_peft.tuner."
-                )
+                raise RuntimeError("No search is known to the tuner; import setar_peft, not only setar_peft.tuner.")
             result = search(model, peft_config.objective, peft_config)
             peft_config.rank_ratios = result.rank_ratios
             self._residuals.update(result.residuals)
@@ -151,9 +147,7 @@ class SeTARModel(BaseTuner):
             names = layer.active_adapters if adapter_names is None else adapter_names
             backend = layer.quantization_backend
             if safe_merge or (backend is not None and not backend.supports_merge):
-                layer.merged_weight(
-                    [name for name in names if name in layer.setar_ratio], check_finite=safe_merge
-                )
+                layer.merged_weight([name for name in names if name in layer.setar_ratio], check_finite=safe_merge)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The factors are float32 from the start; without autocast PEFT's users expect the base layer's dtype.

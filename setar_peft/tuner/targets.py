@@ -36,12 +36,12 @@ def targeted_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Modul
         if not check_target_module_exists(config, name):
             continue
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if not isinstance(base, (nn.Linear, Conv1D)):
-            if resolve_quantization_backend(base, **get_quantization_kwargs(model)) is None:
-                raise TypeError(
-                    f"{name} is a {type(base).__name__}; a SeTAR adapter goes on torch.nn.Linear and transformers' "
-                    "Conv1D layers. Change target_modules or exclude_modules."
-                )
+        is_linear = isinstance(base, (nn.Linear, Conv1D))
+        if not is_linear and resolve_quantization_backend(base, **get_quantization_kwargs(model)) is None:
+            raise TypeError(
+                f"{name} is a {type(base).__name__}; a SeTAR adapter goes on torch.nn.Linear and transformers' "
+                "Conv1D layers. Change target_modules or exclude_modules."
+            )
         targets[name] = module
     return targets
 
@@ -64,9 +64,7 @@ def resolve_rank_ratios(rank_ratios: float | Mapping[str, float], targets: Itera
     if not isinstance(rank_ratios, Mapping):
         return dict.fromkeys(names, float(rank_ratios))
     exact = {name for name in rank_ratios if name in set(names)}
-    suffixes = {
-        key: [name for name in names if name.endswith(f".{key}")] for key in rank_ratios if key not in exact
-    }
+    suffixes = {key: [name for name in names if name.endswith(f".{key}")] for key in rank_ratios if key not in exact}
     unmatched = sorted(key for key, matches in suffixes.items() if not matches)
     if unmatched:
         raise ValueError(
