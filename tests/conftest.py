@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Read by huggingface_hub when it is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoTokenizer, CLIPModel
+from transformers.utils import logging
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from setar_peft import LoCoOpObjective
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(min(2, torch.get_num_threads()))
+    logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +51,41 @@ def shared_data() -> Path:
     if not folder:
         pytest.skip("needs real images: set SETAR_DATA to their folder")
     return Path(folder)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, as the golden figures were computed with: LAPACK's last digits depend on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def class_names() -> list[str]:
+    """The six classes of the golden images."""
+    return read_json(GOLDEN / "cases" / "classes.json")
+
+
+@pytest.fixture
+def load_clip() -> Callable[..., CLIPModel]:
+    """Load one of the golden checkpoints; eager attention, as the published code had."""
+
+    def load(name: str = "clip_tiny", **kwargs: Any) -> CLIPModel:
+        return CLIPModel.from_pretrained(GOLDEN / "cases" / name, attn_implementation="eager", **kwargs).eval()
+
+    return load
+
+
+@pytest.fixture
+def clip_objective(golden_clip: dict[str, torch.Tensor], class_names: list[str]) -> Callable[..., LoCoOpObjective]:
+    """The LoCoOp objective on the 24 golden images."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "cases" / "clip_tiny")
+
+    def make(count: int = 24, **kwargs: Any) -> LoCoOpObjective:
+        settings = {"ood_weight": 0.1, "top_k": 2, **kwargs}
+        images, labels = golden_clip["pixel_values"][:count], golden_clip["labels"][:count]
+        return LoCoOpObjective(tokenizer, class_names, images, labels, **settings)
+
+    return make

@@ -1,0 +1,145 @@
+"""What a search costs: by replay, against the same search with every candidate evaluated in full through both towers.
+
+Both take the same decisions on the same random CLIP and decompose each weight once. Each runs in a process of its own,
+so that the peak of one is not the other's.
+
+    python benchmarks/search_cost.py                    # ViT-B/32 shapes, 32 images, 50 classes, 8 candidates
+    python benchmarks/search_cost.py --candidates 2     # the same ratio, four times sooner
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from setar_peft import Objective, SeTARConfig, search_rank_ratios
+from setar_peft.losses import LossValues, locoop_sums, locoop_values
+
+RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+SHAPES: dict[str, dict[str, dict[str, int]]] = {
+    "tiny": {
+        "vision_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+                          "image_size": 64, "patch_size": 16},
+        "text_config": {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4},
+    },
+    "base32": {"vision_config": {"patch_size": 32}, "text_config": {}},
+    "base16": {"vision_config": {"patch_size": 16}, "text_config": {}},
+    "large14": {
+        "vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                          "num_attention_heads": 16, "patch_size": 14},
+        "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    },
+}  # fmt: skip
+PROMPT_TOKENS = 12
+
+
+class RandomImages(Objective):
+    """The LoCoOp loss on random images and prompts: the work is that of real ones."""
+
+    def __init__(self, images: int, classes: int, image_size: int, batch_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randn(images, 3, image_size, image_size, generator=generator)
+        self.labels = torch.randint(classes, (images,), generator=generator)
+        ids = torch.randint(1, 49_000, (classes, PROMPT_TOKENS), generator=generator)
+        ids[:, -1] = 49_407
+        self.tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.top_k = max(1, classes // 3)
+        self.batch_size = batch_size
+
+    def batches(self) -> Any:
+        return zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+
+    def class_tokens(self) -> dict[str, torch.Tensor]:
+        return self.tokens
+
+    def sums(self, features: Any, classes: Any, labels: torch.Tensor) -> torch.Tensor:
+        return torch.stack(locoop_sums(*features, classes, labels, top_k=self.top_k))
+
+    def values(self, sums: torch.Tensor) -> LossValues:
+        return locoop_values(sums, 0.1)
+
+
+def random_clip(shape: str) -> CLIPModel:
+    """A CLIP of the given shape with seeded random weights."""
+    torch.manual_seed(0)
+    config = CLIPConfig(**SHAPES[shape])
+    # OpenAI's checkpoints carry the end token that the tokenizer gives.
+    config.text_config.eos_token_id = 49_407
+    return CLIPModel(config).eval()
+
+
+def measure(way: str, options: dict[str, Any]) -> dict[str, Any]:
+    """One search, "replay" or "full": seconds, peak memory in MiB above the model's, decisions."""
+    torch.set_num_threads(options["threads"])
+    model = random_clip(options["shape"]).to(options["device"])
+    size = model.config.vision_config.image_size
+    objective = RandomImages(options["images"], options["classes"], size, options["batch_size"])
+    config = SeTARConfig(candidate_ratios=list(RATIOS[: options["candidates"]]))
+    target: Any = objective if way == "replay" else lambda candidate: objective.losses(candidate).total
+    objective.losses(model)  # warm-up; the first pass also pays for what is set up once
+    before = _peak_mebibytes(options["device"])
+    start = time.perf_counter()
+    result = search_rank_ratios(model, target, config, progress=options["progress"])
+    _synchronize(options["device"])
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_mebibytes": _peak_mebibytes(options["device"]) - before,
+        "rank_ratios": result.rank_ratios,
+        "loss": result.trace.rows[-1].total_loss,
+    }
+
+
+def _peak_mebibytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Measure both ways and print their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="base32")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--classes", type=int, default=50)
+    parser.add_argument("--candidates", type=int, default=8, choices=range(1, 9))
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--progress", action="store_true", help="show the searches' progress bars")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = vars(parser.parse_args())
+    target = options.pop("json")
+    results = {}
+    for way in ("replay", "full"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results[way] = pool.apply(measure, (way, options))
+        print(
+            f"{way:>6}: {results[way]['seconds']:8.1f} s, peak {results[way]['peak_mebibytes']:7.0f} MiB above the model's",
+            flush=True,
+        )
+    ratio = results["full"]["seconds"] / results["replay"]["seconds"]
+    same = results["full"]["rank_ratios"] == results["replay"]["rank_ratios"]
+    gap = abs(results["full"]["loss"] - results["replay"]["loss"])
+    print(f"full / replay: {ratio:.2f} times the time; decisions {'equal' if same else 'DIFFER'}, losses within {gap:.1e}")
+    if target:
+        versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+        target.write_text(json.dumps({"options": options, "versions": versions, "ratio": ratio, **results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
