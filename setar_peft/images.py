@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class ImageSource:
         self._image_column = image_column
         if len(self._images) == 0:
             raise ValueError("There are no images in the data set; give at least one.")
-        self.labels = _checked_labels(labels, len(self._images), class_names)
+        self.labels = checked_labels(labels, len(self._images), class_names)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -75,6 +76,16 @@ class ImageSource:
         for start in range(0, len(self), self.batch_size):
             part = slice(start, start + self.batch_size)
             yield self._pixel_values(part), self.labels[part]
+
+    def shard(self, index: int, count: int) -> ImageSource:
+        """Every `count`-th image from number `index` on; it may be empty."""
+        part = copy.copy(self)
+        part.labels = self.labels[index::count]
+        if isinstance(self._images, datasets.Dataset):
+            part._images = self._images.select(range(index, len(self), count))
+        else:
+            part._images = self._images[index::count]
+        return part
 
     def _pixel_values(self, part: slice) -> Tensor:
         images = self._images[part]
@@ -158,7 +169,12 @@ def _column(dataset: datasets.Dataset, feature: type, usual: Sequence[str]) -> s
     return candidates[0]
 
 
-def _checked_labels(labels: Any, images: int, class_names: Sequence[str] | None) -> Tensor:
+def checked_labels(labels: Any, images: int, class_names: Sequence[str] | None) -> Tensor:
+    """Labels as class indices, (images,), or -1 for each image where there are no classes.
+
+    Raises:
+        ValueError: If they are missing, wrong in number, or outside the classes.
+    """
     if class_names is None:
         return torch.full((images,), -1)
     if labels is None:

@@ -107,7 +107,14 @@ def negative_entropy(logits: Tensor, eps: float = 1e-5) -> Tensor:
 
 
 def locoop_sums(
-    pooled: Tensor, local: Tensor, classes: ClassWeights, labels: Tensor, *, top_k: int, eps: float = 1e-5
+    pooled: Tensor,
+    local: Tensor,
+    classes: ClassWeights,
+    labels: Tensor,
+    *,
+    top_k: int,
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
 ) -> LossSums:
     """The summed LoCoOp loss of some images.
 
@@ -118,12 +125,15 @@ def locoop_sums(
         labels: (images,) class indices.
         top_k: K of Eq. 10.
         eps: Of the entropy (see `negative_entropy`).
+        mask: (images, patches), bool: which patches there are; by default all. The others count for nothing.
     """
     exact = torch.float32 if pooled.device.type == "mps" else torch.float64
     logits = classes.logits(pooled)
     images, patches = local.shape[:2]
     rows = local.flatten(0, 1)
     row_labels = labels.repeat_interleave(patches)
+    if mask is not None:
+        rows, row_labels = rows[mask.flatten()], row_labels[mask.flatten()]
     ood_loss = torch.zeros((), dtype=exact, device=logits.device)
     ood_patches = torch.zeros((), dtype=exact, device=logits.device)
     chunk = LOCAL_LOGITS_CHUNK.get(rows.device.type, 2**24) // max(1, logits.shape[1])
@@ -139,7 +149,7 @@ def locoop_sums(
         logits.new_tensor(images, dtype=exact),
         ood_loss,
         ood_patches,
-        logits.new_tensor(images * patches, dtype=exact),
+        logits.new_tensor(len(rows), dtype=exact),
         (logits.argmax(-1) == labels).sum().to(exact),
     )
 
@@ -154,7 +164,8 @@ def locoop_values(sums: LossSums | Tensor, ood_weight: float) -> LossValues:
     id_sum, images, ood_sum, ood_patches, patches, correct = (float(value) for value in sums)
     id_loss = id_sum / images
     ood_loss = ood_sum / ood_patches if ood_patches else 0.0
-    return LossValues(id_loss + ood_weight * ood_loss, id_loss, ood_loss, correct / images, ood_patches / patches)
+    share = ood_patches / patches if patches else 0.0
+    return LossValues(id_loss + ood_weight * ood_loss, id_loss, ood_loss, correct / images, share)
 
 
 def locoop_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import ImageFeatures, backbone_of
+from setar_peft.backbones import Backbone, ImageFeatures, backbone_of, named_inputs
 from setar_peft.images import ImageSource
-from setar_peft.losses import ClassWeights, LossValues, locoop_sums, locoop_values
+from setar_peft.inputs import NamedInputs
+from setar_peft.losses import ClassWeights, LossSums, LossValues, locoop_sums, locoop_values
 
 if TYPE_CHECKING:
     import datasets
@@ -21,21 +23,36 @@ PROMPT = "a photo of a {class}"
 
 
 class Objective(ABC):
-    """A loss over images that adds up batch by batch, so that the search can replay, chunk and reduce it.
+    """A loss over images or texts that adds up batch by batch, so that the search can replay, chunk and reduce it.
 
     Attributes:
         prompt_batch_size: Class prompts encoded at once.
+        sums_size: How many numbers `sums` gives.
     """
 
     prompt_batch_size: ClassVar[int] = 256
+    sums_size: ClassVar[int] = len(LossSums._fields)
 
     @abstractmethod
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixel values (b, channels, height, width) and labels (b,) of every image, in the same order each time."""
+    def batches(self) -> Iterator[tuple[Tensor | Mapping[str, Tensor], Tensor]]:
+        """Inputs and labels (b,) of every image or text, in the same order each time.
+
+        Inputs are pixel values (b, channels, height, width), or what the model takes, by name.
+        """
 
     @abstractmethod
-    def class_tokens(self) -> Mapping[str, Tensor]:
-        """The class prompts' `input_ids` and `attention_mask`, each (classes, tokens)."""
+    def class_tokens(self, length: int | None = None) -> Mapping[str, Tensor]:
+        """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
+
+        Args:
+            length: Tokens that every prompt is padded to; by default as many as the longest has. Given only for models
+                that ask for it (SigLIP), so an objective for others need not take it.
+        """
+
+    def prompt_tokens(self, backbone: Backbone) -> Mapping[str, Tensor]:
+        """The class prompts, padded as a backbone needs them."""
+        length = backbone.prompt_length
+        return self.class_tokens() if length is None else self.class_tokens(length)
 
     @abstractmethod
     def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
@@ -44,6 +61,22 @@ class Objective(ABC):
     @abstractmethod
     def values(self, sums: Tensor) -> LossValues:
         """The loss and its parts from the sums over all images."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed search has to have in common with the one it continues, as plain values."""
+        return {"type": type(self).__qualname__}
+
+    def shard(self, index: int, count: int) -> Objective:
+        """The part of the images that one of several processes evaluates; together the parts are the whole.
+
+        Args:
+            index: Number of the process, from 0.
+            count: Number of processes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be sharded over {count} processes; implement shard(index, count), or run "
+            "one process."
+        )
 
     def losses(self, model: nn.Module) -> LossValues:
         """The loss of a model and its parts, evaluated in full, in evaluation mode and without gradients.
@@ -59,15 +92,15 @@ class Objective(ABC):
         try:
             with torch.no_grad():
                 text = None
-                if "text" in backbone.towers:
-                    tokens = {key: value.to(device) for key, value in self.class_tokens().items()}
+                if backbone.needs_prompts:
+                    tokens = {key: value.to(device) for key, value in self.prompt_tokens(backbone).items()}
                     text = backbone.text_features(tokens, self.prompt_batch_size)
                 classes = backbone.class_weights(text)
                 total: Any = 0.0
-                for pixel_values, labels in self.batches():
-                    features = backbone.image_features(pixel_values.to(device))
-                    embedded = ImageFeatures(*(backbone.embed(part) for part in features))
-                    total = total + self.sums(embedded, classes, labels.to(device))
+                for batch, labels in self.batches():
+                    inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}
+                    features = backbone.embedded(backbone.image_features(inputs))
+                    total = total + self.sums(features, classes, labels.to(device))
         finally:
             for module in training:
                 module.training = True
@@ -79,20 +112,24 @@ class Objective(ABC):
 
 
 class LoCoOpObjective(Objective):
-    """The LoCoOp loss on a few labelled in-distribution images (paper, Eq. 12).
+    """The LoCoOp loss on a few labelled in-distribution images (paper, Eq. 12), or texts for a text classifier.
 
     Args:
-        processor: The model's processor, or a tokenizer if `dataset` holds pixel values already.
-        class_names: Names of the in-distribution classes, in the order of the labels.
+        processor: The model's processor. Where nothing is left for it to do, less is enough: the tokenizer if `dataset`
+            holds pixel values already, the image processor for a classifier, which needs no prompts, or None for both.
+        class_names: Names of the in-distribution classes, in the order of the labels; or a classifier's
+            `config.id2label`.
         dataset: Images: a `datasets.Dataset`, a folder with one subfolder a class, a tensor of pixel values
-            (images, channels, height, width), or a sequence of PIL images.
-        labels: (images,) class indices; needed for tensors and sequences. A data set has them in its label column,
-            a folder in its subfolders: by name where they are named after the classes, else in sorted order.
+            (images, channels, height, width), or a sequence of PIL images. Texts: a sequence of strings, or a
+            `datasets.Dataset` with `text_column`. Either: a mapping from the model's input names to tensors.
+        labels: (images,) class indices; needed for tensors, sequences and mappings. A data set has them in its label
+            column, a folder in its subfolders: by name where they are named after the classes, else in sorted order.
         ood_weight: lambda, the weight of the OOD loss (paper, Table 10: 0.1 for ImageNet with CLIP-base).
         top_k: K: a patch is OOD if its true class is not among its K likeliest (paper, Table 10: 300 for ImageNet).
         prompt: Text with "{class}" in it, or one text a class.
         batch_size: Images a batch. It does not change the loss.
         image_column: Name of the data set's image column; by default the one of image type.
+        text_column: Name of the data set's text column, for text classifiers.
         label_column: Name of the data set's label column.
 
     Raises:
@@ -103,8 +140,8 @@ class LoCoOpObjective(Objective):
     def __init__(
         self,
         processor: Any,
-        class_names: Sequence[str],
-        dataset: datasets.Dataset | str | Path | Tensor | Sequence[Any],
+        class_names: Sequence[str] | Mapping[int, str],
+        dataset: datasets.Dataset | str | Path | Tensor | Sequence[Any] | Mapping[str, Tensor],
         labels: Tensor | Sequence[int] | None = None,
         *,
         ood_weight: float = 0.1,
@@ -112,44 +149,93 @@ class LoCoOpObjective(Objective):
         prompt: str | Sequence[str] = PROMPT,
         batch_size: int = 64,
         image_column: str | None = None,
+        text_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
         self.class_names = _checked_names(class_names)
         self.prompts = _prompts(prompt, self.class_names)
         self.ood_weight, self.top_k = _checked_loss(ood_weight, top_k, len(self.class_names))
-        self.images = ImageSource(
-            processor,
-            dataset,
-            labels,
-            class_names=self.class_names,
-            batch_size=batch_size,
-            image_column=image_column,
-            label_column=label_column,
-        )
+        settings: dict[str, Any] = {
+            "class_names": self.class_names,
+            "batch_size": batch_size,
+            "label_column": label_column,
+        }
+        self.images: ImageSource | NamedInputs
+        if isinstance(dataset, Mapping) or text_column is not None or _are_texts(dataset):
+            data: Any = dataset
+            self.images = NamedInputs(processor, data, labels, text_column=text_column, **settings)
+        else:
+            self.images = ImageSource(processor, dataset, labels, image_column=image_column, **settings)
         self._tokenizer = getattr(processor, "tokenizer", processor)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixel values and labels of every image, decoded and processed batch by batch."""
-        return self.images.batches()
+    def batches(self) -> Iterator[tuple[Tensor | Mapping[str, Tensor], Tensor]]:
+        """Pixel values, or the model's inputs by name, and labels of every image, processed batch by batch."""
+        yield from self.images.batches()
 
-    def class_tokens(self) -> dict[str, Tensor]:
-        """The class prompts' `input_ids` and `attention_mask`, (classes, tokens), padded to the longest."""
-        tokens = self._tokenizer(self.prompts, padding=True, truncation=True, return_tensors="pt")
-        return {key: tokens[key] for key in ("input_ids", "attention_mask")}
+    def class_tokens(self, length: int | None = None) -> dict[str, Tensor]:
+        """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
+
+        Args:
+            length: Tokens that every prompt is padded to; by default as many as the longest has.
+
+        Raises:
+            ValueError: If the processor has no tokenizer.
+        """
+        if not callable(self._tokenizer) or hasattr(self._tokenizer, "preprocess"):
+            raise ValueError(
+                f"The model classifies by prompts, and processor is a {type(self._tokenizer).__name__}, which cannot "
+                "tokenise them. Give the model's processor, or its tokenizer with images as pixel values."
+            )
+        padding: bool | str = True if length is None else "max_length"
+        tokens = self._tokenizer(self.prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
+        return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
+
+    def settings(self) -> dict[str, Any]:
+        """Classes, prompts and the loss's settings."""
+        return {
+            **super().settings(),
+            "classes": self.class_names,
+            "prompts": self.prompts,
+            "ood_weight": self.ood_weight,
+            "top_k": self.top_k,
+            "images": len(self),
+        }
+
+    def shard(self, index: int, count: int) -> LoCoOpObjective:
+        """Every `count`-th image from number `index` on."""
+        part = copy.copy(self)
+        part.images = self.images.shard(index, count)
+        return part
 
     def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
-        """The LoCoOp loss of some images as sums and counts, (6,) (see `losses.LossSums`)."""
-        return torch.stack(locoop_sums(*features, classes, labels, top_k=self.top_k))
+        """The LoCoOp loss of some images as sums and counts, (6,) (see `losses.LossSums`).
+
+        Raises:
+            ValueError: If the model has not as many classes as there are names.
+        """
+        if len(classes.weight) != len(self.class_names):
+            raise ValueError(
+                f"The model has {len(classes.weight)} classes, class_names {len(self.class_names)}. Name every class "
+                "that the model tells apart: class_names=model.config.id2label."
+            )
+        pooled, local, mask = features
+        return torch.stack(locoop_sums(pooled, local, classes, labels, top_k=self.top_k, mask=mask))
 
     def values(self, sums: Tensor) -> LossValues:
         """The LoCoOp loss and its parts."""
         return locoop_values(sums, self.ood_weight)
 
 
-def _checked_names(class_names: Sequence[str]) -> list[str]:
+def _are_texts(dataset: Any) -> bool:
+    return isinstance(dataset, (list, tuple)) and bool(dataset) and isinstance(dataset[0], str)
+
+
+def _checked_names(class_names: Sequence[str] | Mapping[int, str]) -> list[str]:
+    if isinstance(class_names, Mapping):
+        class_names = [class_names[index] for index in sorted(class_names)]
     names = [class_names] if isinstance(class_names, str) else list(class_names)
     if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
         raise ValueError(

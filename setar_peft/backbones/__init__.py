@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
-from setar_peft.backbones.base import Backbone, ImageFeatures, Location, Logits, Tower, TowerInput
+from setar_peft.backbones.base import Backbone, ImageFeatures, Location, Logits, Tower, TowerInput, named_inputs
+from setar_peft.backbones.bert import BertBackbone
 from setar_peft.backbones.clip import CLIPBackbone
+from setar_peft.backbones.deit import DeiTBackbone
+from setar_peft.backbones.dinov2 import Dinov2Backbone, Dinov2WithRegistersBackbone
+from setar_peft.backbones.roberta import RobertaBackbone
+from setar_peft.backbones.siglip import SiglipBackbone
+from setar_peft.backbones.siglip2 import Siglip2Backbone
+from setar_peft.backbones.swin import SwinBackbone
+from setar_peft.backbones.swinv2 import Swinv2Backbone
+from setar_peft.backbones.vit import ViTBackbone
 
 __all__ = [
     "Backbone",
-    "CLIPBackbone",
     "ImageFeatures",
     "Location",
     "Logits",
@@ -17,9 +25,25 @@ __all__ = [
     "TowerInput",
     "backbone_of",
     "default_target_modules",
+    "named_inputs",
 ]
 
-_BACKBONES: dict[str, type[Backbone]] = {cls.model_type: cls for cls in (CLIPBackbone,)}
+_BACKBONES: dict[str, type[Backbone]] = {
+    cls.model_type: cls
+    for cls in (
+        CLIPBackbone,
+        SiglipBackbone,
+        Siglip2Backbone,
+        SwinBackbone,
+        Swinv2Backbone,
+        ViTBackbone,
+        DeiTBackbone,
+        Dinov2Backbone,
+        Dinov2WithRegistersBackbone,
+        BertBackbone,
+        RobertaBackbone,
+    )
+}
 
 
 def backbone_of(model: nn.Module) -> Backbone:
@@ -29,15 +53,22 @@ def backbone_of(model: nn.Module) -> Backbone:
         model: A stock transformers model.
 
     Raises:
-        ValueError: If its family is not known.
+        ValueError: If its family is not known, or it is another kind of model of that family.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
+    advice = "Give a callable objective `model -> float`, which works for any model."
     if model_type not in _BACKBONES:
         raise ValueError(
             f"{type(model).__name__} (model type {model_type!r}) is no known backbone; known are "
-            f"{', '.join(sorted(_BACKBONES))}. Give a callable objective `model -> float`, which works for any model."
+            f"{', '.join(sorted(_BACKBONES))}. {advice}"
         )
-    return _BACKBONES[model_type](model)
+    backbone = _BACKBONES[model_type]
+    if not {cls.__name__ for cls in type(model).__mro__} & set(backbone.model_classes):
+        raise ValueError(
+            f"{type(model).__name__} does not classify as the {model_type} backbone does; load it as "
+            f"{' or '.join(backbone.model_classes)}. {advice}"
+        )
+    return backbone(model)
 
 
 def default_target_modules(model_type: str | None) -> set[str]:
@@ -51,4 +82,4 @@ def default_target_modules(model_type: str | None) -> set[str]:
             f"The weight W_up of model type {model_type!r} is not known; known are {', '.join(sorted(_BACKBONES))}. "
             "Name the layers to adapt in target_modules, for example target_modules=['mlp.fc1']."
         )
-    return {_BACKBONES[model_type].weight_names["W_up"]}
+    return _BACKBONES[model_type].default_targets()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,27 +14,32 @@ from setar_peft.losses import ClassWeights
 
 
 class ImageFeatures(NamedTuple):
-    """Features of some images.
+    """Features of some images; or of some texts, whose tokens take the place of the patches.
 
     Attributes:
         pooled: Of the whole images, (images, d).
         local: Of their patches, (images, patches, d).
+        mask: Which patches there are, (images, patches), bool; None where every image has all of them. The others are
+            padding and count for nothing.
     """
 
     pooled: Tensor
     local: Tensor
+    mask: Tensor | None = None
 
 
 class Logits(NamedTuple):
-    """Logits of some images, float32.
+    """Logits of some images or texts, float32.
 
     Attributes:
         pooled: Of the whole images, (images, classes).
         local: Of their patches, (images, patches, classes).
+        mask: Which patches there are, (images, patches), bool; None where every image has all of them.
     """
 
     pooled: Tensor
     local: Tensor
+    mask: Tensor | None = None
 
 
 @dataclass
@@ -57,6 +62,11 @@ class TowerInput:
 class Tower(ABC):
     """A stack of blocks whose output is one side of the logits.
 
+    Args:
+        model: The model that the tower is part of.
+        blocks: Full names of the blocks, from the bottom up.
+        head: Full names of the modules after the last block that the features go through.
+
     Attributes:
         name: "vision" or "text".
         blocks: The blocks, from the bottom up.
@@ -65,9 +75,12 @@ class Tower(ABC):
     """
 
     name: str
-    blocks: Sequence[nn.Module]
-    block_names: Sequence[str]
-    head: Mapping[str, nn.Module]
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], head: Sequence[str]) -> None:
+        self.model: Any = model
+        self.block_names = list(blocks)
+        self.blocks: list[Any] = [model.get_submodule(name) for name in blocks]
+        self.head: Mapping[str, nn.Module] = {name: model.get_submodule(name) for name in head}
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -77,9 +90,15 @@ class Tower(ABC):
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
         """From the input of the last block to the tower's features.
 
+        What runs before the last block's own forward, and the block up to a searched weight, is shared between the
+        candidates of that weight: a tower computes first what depends on the fewest weights.
+
         Args:
             entry: What the tower was entered with.
             hidden: Input of the last block, (batch, tokens, width).
+
+        Returns:
+            The fields of `ImageFeatures`, or (batch, d) alone for a tower that encodes class prompts.
         """
 
     def context(self, inputs: Mapping[str, Tensor]) -> Any:
@@ -118,11 +137,15 @@ class Tower(ABC):
             hidden = self.step(entry, level, hidden)
         return self.finish(entry, hidden)
 
+    def parts(self, level: int) -> Mapping[str, nn.Module]:
+        """The modules that run at a level, by full name: its block, or the head at the level above the last block."""
+        return self.head if level == len(self.blocks) else {self.block_names[level]: self.blocks[level]}
+
     def modules_at(self, level: int) -> list[nn.Module]:
         """The modules that compute from the input of block `level` on, as far as a target at that level matters."""
         top = len(self.blocks) - 1
-        modules = list(self.blocks[min(level, top)].modules())
-        return modules if level < top else [*modules, *self.head.values()]
+        levels = [level] if level < top else [top, top + 1]
+        return [module for at in levels for part in self.parts(at).values() for module in part.modules()]
 
 
 class _FirstBlockReached(Exception):  # noqa: N818 - it ends a forward pass on purpose
@@ -150,18 +173,32 @@ class Backbone(ABC):
         model: A stock transformers model of the family.
 
     Attributes:
+        model_type: The family's name in transformers' configurations.
+        model_classes: Names of the model classes that this backbone can see that way.
+        weight_names: Weight type -> name of the module within a block.
+        projection_names: Tower -> full name of its W_p, where there is one.
+        input_tower: The tower that reads what is classified.
+        needs_prompts: Whether the classes are given by texts, which the "text" tower encodes.
+        prompt_length: Tokens that every class prompt has to be padded to; None for as many as the longest has.
         towers: The towers by name, in the order in which the default search visits them.
     """
 
     model_type: ClassVar[str]
-    # Weight type -> name of the module within a block.
+    model_classes: ClassVar[Sequence[str]]
     weight_names: ClassVar[dict[str, str]]
-    # Names of the W_p modules, by tower.
     projection_names: ClassVar[dict[str, str]] = {}
+    input_tower: ClassVar[str] = "vision"
+    needs_prompts: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
         self.towers: dict[str, Tower] = {}
+        self.prompt_length: int | None = None
+
+    @classmethod
+    def default_targets(cls) -> set[str]:
+        """W_up, as PEFT's `target_modules` names it."""
+        return {cls.weight_names["W_up"]}
 
     @abstractmethod
     def embed(self, features: Tensor) -> Tensor:
@@ -172,29 +209,35 @@ class Backbone(ABC):
         """The map from embedded features to logits.
 
         Args:
-            text_features: (classes, d) from the text tower, where there is one.
+            text_features: (classes, d) from the text tower, where the classes are given by prompts.
         """
 
-    def check_pixels(self, pixel_values: Tensor) -> None:  # noqa: B027 - most families take any size
-        """Raise a `ValueError` if the model cannot take images of this size."""
+    def check(self, inputs: Mapping[str, Tensor]) -> None:  # noqa: B027 - a family may take anything
+        """Raise a `ValueError` if the model cannot take these inputs."""
 
-    def image_features(self, pixel_values: Tensor) -> ImageFeatures:
-        """Projected features of images, in the model's dtype and not normalised.
+    def image_features(self, inputs: Tensor | Mapping[str, Tensor]) -> ImageFeatures:
+        """Features of images or texts, in the model's dtype and as they come out of the tower.
 
         Args:
-            pixel_values: (images, channels, height, width), as the model's processor gives them.
+            inputs: Pixel values (images, channels, height, width), or the model's inputs by name, as its processor or
+                tokenizer gives them.
 
         Raises:
-            ValueError: If the images do not have the model's size.
+            ValueError: If the model cannot take them.
         """
-        self.check_pixels(pixel_values)
-        return ImageFeatures(*self.towers["vision"].features({"pixel_values": pixel_values}))
+        inputs = named_inputs(inputs)
+        self.check(inputs)
+        return ImageFeatures(*self.towers[self.input_tower].features(inputs))
+
+    def embedded(self, features: ImageFeatures) -> ImageFeatures:
+        """Features as the class weights take them, float32."""
+        return ImageFeatures(self.embed(features.pooled), self.embed(features.local), features.mask)
 
     def text_features(self, tokens: Mapping[str, Tensor], batch_size: int = 256) -> Tensor:
-        """Projected features of class prompts, (classes, d), encoded in batches of `batch_size`.
+        """Features of class prompts, (classes, d), encoded in batches of `batch_size`.
 
         Args:
-            tokens: `input_ids` and `attention_mask`, each (classes, tokens).
+            tokens: `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
             batch_size: Prompts encoded at once.
         """
         tower = self.towers["text"]
@@ -206,14 +249,15 @@ class Backbone(ABC):
             ]
         )
 
-    def logits(self, pixel_values: Tensor, classes: ClassWeights) -> Logits:
-        """Global and local logits of images.
+    def logits(self, inputs: Tensor | Mapping[str, Tensor], classes: ClassWeights) -> Logits:
+        """Global and local logits of images or texts.
 
         Args:
-            pixel_values: (images, channels, height, width).
+            inputs: Pixel values (images, channels, height, width), or the model's inputs by name.
             classes: From `class_weights`.
         """
-        return Logits(*(classes.logits(self.embed(features)) for features in self.image_features(pixel_values)))
+        pooled, local, mask = self.embedded(self.image_features(inputs))
+        return Logits(classes.logits(pooled), classes.logits(local), mask)
 
     def locate(self, module_name: str) -> Location:
         """Find a module's tower and level.
@@ -221,20 +265,71 @@ class Backbone(ABC):
         Raises:
             ValueError: If it is in no tower.
         """
+        types = {name: weight_type for weight_type, name in self.weight_names.items()}
         for tower in self.towers.values():
-            for level, block_name in enumerate(tower.block_names):
-                if module_name.startswith(f"{block_name}."):
-                    inner = module_name.removeprefix(f"{block_name}.")
-                    types = {name: weight_type for weight_type, name in self.weight_names.items()}
-                    return Location(tower.name, level, types.get(inner, inner))
-            if module_name in tower.head:
-                is_projection = module_name == self.projection_names.get(tower.name)
-                return Location(tower.name, len(tower.blocks), "W_p" if is_projection else module_name)
+            if module_name == self.projection_names.get(tower.name):
+                return Location(tower.name, len(tower.blocks), "W_p")
+            for level in range(len(tower.blocks) + 1):
+                for part in tower.parts(level):
+                    if module_name == part or module_name.startswith(f"{part}."):
+                        inner = module_name.removeprefix(f"{part}.")
+                        return Location(tower.name, level, types.get(inner, inner))
         raise ValueError(
             f"{module_name} is in none of the towers of {type(self.model).__name__} "
             f"({', '.join(self.towers)}), so the search does not know when it runs. Take it out of target_modules, or "
             "give a callable objective, which is evaluated in full."
         )
 
+    def modules_of_type(self, weight_type: str) -> list[str]:
+        """Full names of the modules of one weight type, tower by tower from the bottom up.
 
-BackboneFactory = Callable[[nn.Module], Backbone]
+        Unlike a suffix in `target_modules`, this tells W_down from W_o where both end in "output.dense".
+
+        Args:
+            weight_type: "W_up" and so on, or "W_p".
+
+        Raises:
+            ValueError: If the family has no such weight.
+        """
+        if weight_type == "W_p" and self.projection_names:
+            return [self.projection_names[tower] for tower in self.towers if tower in self.projection_names]
+        if weight_type not in self.weight_names:
+            known = [*self.weight_names, *(["W_p"] if self.projection_names else [])]
+            raise ValueError(
+                f"{type(self.model).__name__} has no weights {weight_type!r}; it has {', '.join(known)}. Name other "
+                "modules in target_modules."
+            )
+        known_names = {name for name, _ in self.model.named_modules()}
+        return [
+            name
+            for tower in self.towers.values()
+            for level in range(len(tower.blocks) + 1)
+            for part in tower.parts(level)
+            if (name := f"{part}.{self.weight_names[weight_type]}") in known_names
+        ]
+
+
+def named_inputs(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A model's inputs by name; a tensor alone is pixel values."""
+    return {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
+
+
+def check_images(
+    inputs: Mapping[str, Tensor], channels: int, size: int | Sequence[int], *, any_size: bool = False
+) -> None:
+    """Raise a `ValueError` unless the pixel values have the shape that a model takes.
+
+    Args:
+        inputs: The model's inputs by name.
+        channels: Channels that the model takes.
+        size: Height and width that the model takes, or one number for both.
+        any_size: Whether it takes other sizes, too.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    wanted: tuple[Any, ...] = (channels, "height", "width") if any_size else (channels, height, width)
+    shape = tuple(inputs["pixel_values"].shape) if "pixel_values" in inputs else None
+    if shape is None or len(shape) != 4 or (shape[1:2] if any_size else shape[1:]) != wanted[: 1 if any_size else 3]:
+        raise ValueError(
+            f"The images have shape {shape}; this model takes (images, {', '.join(map(str, wanted))}). Give the "
+            "processor that belongs to the model, or tensors it made."
+        )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones.base import Backbone, Tower, TowerInput
+from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
 from setar_peft.losses import ClassWeights
 
 
@@ -16,22 +16,16 @@ class _VisionTower(Tower):
     name = "vision"
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.blocks = model.vision_model.encoder.layers
-        self.block_names = [f"vision_model.encoder.layers.{index}" for index in range(len(self.blocks))]
-        self.head = {
-            "vision_model.post_layernorm": model.vision_model.post_layernorm,
-            "visual_projection": model.visual_projection,
-        }
+        names = [f"vision_model.encoder.layers.{index}" for index in range(len(model.vision_model.encoder.layers))]
+        super().__init__(model, names, ["vision_model.post_layernorm", "visual_projection"])
 
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
         return self.model.vision_model(pixel_values=inputs["pixel_values"])
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
-        block: Any = self.blocks[-1]
+        block = self.blocks[-1]
         # The patches take the last block's value path instead of its attention, then its MLP (Miyai et al., 2023b).
-        patches = hidden[:, 1:]
-        patches = patches + block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(patches)))
+        patches = value_path(block, hidden[:, 1:])
         pooled = self.step(entry, len(self.blocks) - 1, hidden)[:, 0]
         patches = patches + block.mlp(block.layer_norm2(patches))
         return self._project(pooled), self._project(patches)
@@ -44,13 +38,8 @@ class _TextTower(Tower):
     name = "text"
 
     def __init__(self, model: Any) -> None:
-        self.model = model
-        self.blocks = model.text_model.encoder.layers
-        self.block_names = [f"text_model.encoder.layers.{index}" for index in range(len(self.blocks))]
-        self.head = {
-            "text_model.final_layer_norm": model.text_model.final_layer_norm,
-            "text_projection": model.text_projection,
-        }
+        names = [f"text_model.encoder.layers.{index}" for index in range(len(model.text_model.encoder.layers))]
+        super().__init__(model, names, ["text_model.final_layer_norm", "text_projection"])
 
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
         return self.model.text_model(**inputs)
@@ -68,10 +57,16 @@ class _TextTower(Tower):
         return (self.model.text_projection(self.model.text_model.final_layer_norm(pooled)),)
 
 
+def value_path(block: Any, patches: Tensor) -> Tensor:
+    """Patches (images, patches, width) past a block's attention: each attends to itself alone."""
+    return patches + block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(patches)))
+
+
 class CLIPBackbone(Backbone):
     """A stock `transformers.CLIPModel`, of any size."""
 
     model_type = "clip"
+    model_classes: ClassVar[Sequence[str]] = ("CLIPModel",)
     weight_names: ClassVar[dict[str, str]] = {
         "W_q": "self_attn.q_proj",
         "W_k": "self_attn.k_proj",
@@ -81,10 +76,11 @@ class CLIPBackbone(Backbone):
         "W_down": "mlp.fc2",
     }
     projection_names: ClassVar[dict[str, str]] = {"vision": "visual_projection", "text": "text_projection"}
+    tower_classes: ClassVar[tuple[Callable[[nn.Module], Tower], ...]] = (_VisionTower, _TextTower)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.towers = {"vision": _VisionTower(model), "text": _TextTower(model)}
+        self.towers = {tower.name: tower for tower in (make(model) for make in self.tower_classes)}
 
     def embed(self, features: Tensor) -> Tensor:
         """Features of unit length, float32."""
@@ -92,18 +88,12 @@ class CLIPBackbone(Backbone):
         return features / features.norm(dim=-1, keepdim=True)
 
     def class_weights(self, text_features: Tensor | None) -> ClassWeights:
-        """Text features of unit length times CLIP's logit scale, (classes, d)."""
+        """Text features of unit length times the logit scale, (classes, d)."""
         if text_features is None:
-            raise ValueError("CLIP classifies by text: give the features of the class prompts.")
-        model: Any = self.model
-        return ClassWeights(self.embed(text_features) * model.logit_scale.detach().float().exp())
+            raise ValueError(f"{type(self.model).__name__} classifies by text: give the features of the class prompts.")
+        return ClassWeights(self.embed(text_features) * self.model.logit_scale.detach().float().exp())
 
-    def check_pixels(self, pixel_values: Tensor) -> None:
+    def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise a `ValueError` unless the images have the channels, height and width of the vision tower."""
-        config: Any = self.model.config.vision_config  # type: ignore[union-attr]
-        expected = (config.num_channels, config.image_size, config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"The images have shape {tuple(pixel_values.shape)}; this model takes (images, "
-                f"{', '.join(map(str, expected))}). Give the processor that belongs to the model, or tensors it made."
-            )
+        config = self.model.config.vision_config
+        check_images(inputs, config.num_channels, config.image_size)

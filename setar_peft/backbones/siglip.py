@@ -1,0 +1,95 @@
+"""SigLIP: two towers without a vision projection; images are pooled by an attention head over their patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from setar_peft.backbones.base import Tower, TowerInput
+from setar_peft.backbones.clip import CLIPBackbone, value_path
+from setar_peft.losses import ClassWeights
+
+
+class _VisionTower(Tower):
+    name = "vision"
+
+    def __init__(self, model: Any) -> None:
+        names = [f"vision_model.encoder.layers.{index}" for index in range(len(model.vision_model.encoder.layers))]
+        super().__init__(model, names, ["vision_model.post_layernorm", "vision_model.head"])
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Any:
+        return self.model.vision_model(**inputs)
+
+    def context(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Which patches are no padding, (images, patches); None for images of one size."""
+        return inputs.get("pixel_attention_mask")
+
+    def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
+        block, vision, mask = self.blocks[-1], self.model.vision_model, entry.context
+        patches = value_path(block, hidden)
+        tokens = vision.post_layernorm(self.step(entry, len(self.blocks) - 1, hidden))
+        patches = vision.post_layernorm(patches + block.mlp(block.layer_norm2(patches)))
+        if mask is None:
+            return vision.head(tokens), _pooled_alone(vision.head, patches)
+        mask = mask.to(tokens.device)
+        return vision.head(tokens, mask), _pooled_alone(vision.head, patches), mask.bool()
+
+
+def _pooled_alone(head: Any, patches: Tensor) -> Tensor:
+    """What the pooling head makes of each patch by itself, (images, patches, d).
+
+    With a single patch to attend to, the head's attention is its value path, whatever the probe asks for.
+    """
+    width = patches.shape[-1]
+    attention = head.attention
+    values = F.linear(patches, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
+    pooled = F.linear(values, attention.out_proj.weight, attention.out_proj.bias)
+    return pooled + head.mlp(head.layernorm(pooled))
+
+
+class _TextTower(Tower):
+    name = "text"
+
+    def __init__(self, model: Any) -> None:
+        names = [f"text_model.encoder.layers.{index}" for index in range(len(model.text_model.encoder.layers))]
+        super().__init__(model, names, ["text_model.final_layer_norm", "text_model.head"])
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Any:
+        return self.model.text_model(**inputs)
+
+    def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
+        # The last token is read, be it padding: SigLIP was trained on prompts padded to full length.
+        pooled = self.step(entry, len(self.blocks) - 1, hidden)[:, -1]
+        return (self.model.text_model.head(self.model.text_model.final_layer_norm(pooled)),)
+
+
+class SiglipBackbone(CLIPBackbone):
+    """A stock `transformers.SiglipModel`.
+
+    Logits are `scale * cosine + bias`. SigLIP is trained with a sigmoid for each pair of image and text; the LoCoOp
+    loss and the scores take the softmax over the classes, as the field does when it classifies or detects with SigLIP.
+    The bias is the same for every class, so it changes no softmax, but it does change max-logit and energy scores.
+
+    Local features: patches through the last block's value path and MLP, the final norm, and the pooling head applied to
+    each patch alone. Thus they are in the space of the pooled features, as CLIP's are after its projection.
+
+    The pooling head is a block of its own kind on top of the vision tower: its `mlp.fc1` and `mlp.fc2` are searched
+    with W_up and W_down. The text tower's `head` is its W_p; the vision tower has none.
+    """
+
+    model_type = "siglip"
+    model_classes: ClassVar[Sequence[str]] = ("SiglipModel",)
+    projection_names: ClassVar[dict[str, str]] = {"text": "text_model.head"}
+    tower_classes = (_VisionTower, _TextTower)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.prompt_length = self.model.config.text_config.max_position_embeddings
+
+    def class_weights(self, text_features: Tensor | None) -> ClassWeights:
+        """Text features of unit length times the logit scale, (classes, d), and the logit bias."""
+        weight = super().class_weights(text_features).weight
+        return ClassWeights(weight, self.model.logit_bias.detach().float().expand(len(weight)))

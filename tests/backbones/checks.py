@@ -1,0 +1,136 @@
+"""What every model family has to fulfil, whatever its features are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
+from setar_peft.backbones import ImageFeatures, Logits, backbone_of
+from setar_peft.objective import Objective
+
+CLASSES = ["cat", "dog", "frog", "ship"]
+CANDIDATES = [0.1, 0.25, 0.4]
+
+
+def randomised(model: nn.Module) -> Any:
+    """A model in evaluation mode whose every parameter is seeded noise, biases, norms and layer scales included."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.15)
+    return model.eval()
+
+
+def random_images(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels_of(count: int) -> torch.Tensor:
+    return torch.arange(count) % len(CLASSES)
+
+
+def make_objective(data: Any, processor: Any = None, count: int = 12, **settings: Any) -> LoCoOpObjective:
+    settings = {"ood_weight": 0.2, "top_k": 2, "batch_size": 5, **settings}
+    return LoCoOpObjective(processor, CLASSES, data, labels_of(count), **settings)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, inputs: Any, text_features: Any = None) -> Logits:
+    backbone = backbone_of(model)
+    return backbone.logits(inputs, backbone.class_weights(text_features))
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, inputs: Any) -> ImageFeatures:
+    return backbone_of(model).image_features(inputs)
+
+
+def same_search_by_replay_and_in_full(model: Any, objective: Objective, **settings: Any) -> dict[str, float]:
+    """A search by replay decides as one that evaluates each candidate in full, to the same losses."""
+    config = SeTARConfig(candidate_ratios=CANDIDATES, **settings)
+    replayed = search_rank_ratios(model, objective, config, progress=False)
+    full = search_rank_ratios(model, lambda candidate: objective(candidate), config, progress=False)
+    assert replayed.rank_ratios == full.rank_ratios
+    assert [row.total_loss for row in replayed.trace.rows] == pytest.approx(
+        [row.total_loss for row in full.trace.rows], abs=1e-6
+    )
+    losses = [[candidate.total_loss for candidate in result.trace.candidates] for result in (replayed, full)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    # A search in which no candidate matters would agree with anything.
+    assert len(set(losses[0])) > 3
+    return replayed.rank_ratios
+
+
+def block_passes(model: Any, objective: Objective, **settings: Any) -> dict[str, float]:
+    """Passes of a search through a tower's blocks, in units of one pass over all of the tower's inputs."""
+    passes: Counter[str] = Counter()
+    handles = [
+        block.register_forward_hook(lambda *_, name=tower.name: passes.update([name]))
+        for tower in backbone_of(model).towers.values()
+        for block in tower.blocks
+    ]
+    search_rank_ratios(model, objective, SeTARConfig(candidate_ratios=CANDIDATES, **settings), progress=False)
+    for handle in handles:
+        handle.remove()
+    batches = dict.fromkeys(passes, 1)
+    batches[backbone_of(model).input_tower] = sum(1 for _ in objective.batches())
+    return {name: count / batches[name] for name, count in passes.items()}
+
+
+def stays_within_the_bound(model: Any, objective: Objective, heads: int = 0) -> None:
+    """J N (N + 1) / 2 block passes and two recordings a tower.
+
+    A candidate of one of the `heads` searched layers above the blocks calls the last block, which hands back its share.
+    """
+    counted = block_passes(model, objective)
+    assert set(counted) == set(backbone_of(model).towers)
+    for name, tower in backbone_of(model).towers.items():
+        depth = len(tower.blocks)
+        assert depth <= counted[name] <= len(CANDIDATES) * depth * (depth + 1) / 2 + 2 * depth + heads * len(CANDIDATES)
+
+
+def adapter_has_the_searched_loss(model: Any, objective: Objective) -> None:
+    """The adapter made by the search has the loss that the search promised, the base beneath it its own."""
+    base = objective.losses(model).total
+    promised = search_rank_ratios(model, objective, SeTARConfig(candidate_ratios=CANDIDATES), progress=False)
+    adapted = get_peft_model(model, promised.config)
+    assert objective.losses(adapted).total == pytest.approx(promised.trace.rows[-1].total_loss, abs=1e-5)
+    assert promised.trace.rows[-1].total_loss < base
+    with adapted.disable_adapter():
+        assert objective.losses(adapted).total == base
+
+
+def weights_are_where_they_should_be(model: Any) -> None:
+    """Every weight type names linear layers in every block, and each is located where it was named."""
+    backbone = backbone_of(model)
+    for weight_type in backbone.weight_names:
+        names = backbone.modules_of_type(weight_type)
+        assert len(names) >= sum(len(tower.blocks) for tower in backbone.towers.values())
+        for name in names:
+            assert isinstance(model.get_submodule(name), nn.Linear)
+            assert backbone.locate(name).weight_type == weight_type
+    for tower, name in backbone.projection_names.items():
+        assert backbone.locate(name) == (tower, len(backbone.towers[tower].blocks), "W_p")
+
+
+class WordTokenizer:
+    """A tokenizer of whole words: ids from 3 on, 0 pads, 1 begins and 2 ends a text."""
+
+    def __init__(self, *, with_mask: bool = True) -> None:
+        self.words: dict[str, int] = {}
+        self.with_mask = with_mask
+
+    def __call__(
+        self, texts: list[str], *, padding: bool | str, max_length: int | None = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        ids = [[1, *(self.words.setdefault(word, 3 + len(self.words)) for word in text.split()), 2] for text in texts]
+        length = max_length if padding == "max_length" else max(map(len, ids))
+        assert length is not None
+        tokens = {"input_ids": torch.tensor([row + [0] * (length - len(row)) for row in ids])}
+        return {**tokens, "attention_mask": (tokens["input_ids"] > 0).long()} if self.with_mask else tokens
