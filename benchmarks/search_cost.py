@@ -63,7 +63,7 @@ class RandomImages(Objective):
         return self.tokens
 
     def sums(self, features: Any, classes: Any, labels: torch.Tensor) -> torch.Tensor:
-        return torch.stack(locoop_sums(*features, classes, labels, top_k=self.top_k))
+        return torch.stack(locoop_sums(*features[:2], classes, labels, top_k=self.top_k))
 
     def values(self, sums: torch.Tensor) -> LossValues:
         return locoop_values(sums, 0.1)

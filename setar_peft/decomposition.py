@@ -168,9 +168,10 @@ def base_agreement(weight: Tensor, residual: Residual) -> float:
     """
     if residual.rank == 0:
         return math.nan
-    b0, a0 = residual.b0.float(), residual.a0.float()
-    inner = (b0.T @ weight.detach().float() * a0).sum(dtype=torch.float32)
-    norm = ((b0.T @ b0) * (a0 @ a0.T)).sum(dtype=torch.float32)
+    dtype = torch.float64 if torch.float64 in (weight.dtype, residual.b0.dtype) else torch.float32
+    b0, a0 = residual.b0.detach().to(dtype), residual.a0.detach().to(dtype)
+    inner = (b0.T @ weight.detach().to(dtype) * a0).sum()
+    norm = ((b0.T @ b0) * (a0 @ a0.T)).sum()
     return float(inner / norm)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, ImageFeatures, Tower, TowerInput
+from setar_peft.backbones import Backbone, ImageFeatures, Tower, TowerInput, named_inputs
 from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, decompose
 from setar_peft.losses import ClassWeights, LossValues
 from setar_peft.objective import Objective
+from setar_peft.search.fingerprint import SetFingerprint
 from setar_peft.search.prefix import SharedPrefix
+from setar_peft.search.processes import Processes
 from setar_peft.search.recording import MemoryBudget, Recording
 from setar_peft.search.weights import SwappableWeight
 
@@ -30,7 +32,15 @@ class Evaluator(ABC):
         prune: Which components a ratio removes.
         seed: Seed of the random strategy.
         keep_decompositions: Keep every layer's decomposition, for searches that come back to a layer.
+
+    Attributes:
+        residuals: The removed components of the layers that are truncated at present, by module name.
+        data_fingerprint: A digest of the data, where the evaluator knows them.
+        batch_size: Images in the largest batch, where there are batches.
     """
+
+    data_fingerprint: str | None = None
+    batch_size: int | None = None
 
     def __init__(
         self,
@@ -122,41 +132,50 @@ class ReplayEvaluator(Evaluator):
         backbone: Backbone,
         *args: Any,
         recording_memory: float | None = None,
+        processes: Processes | None = None,
+        largest_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone.model, *args, **kwargs)
+        self._largest_batch = largest_batch
         self._objective = objective
         self._backbone = backbone
         self._device = next(backbone.model.parameters()).device
+        self._processes = processes or Processes(self._device)
         self._budget = MemoryBudget(self._device, recording_memory)
         self._labels: list[Tensor] = []
-        self._images = self._record("vision", self._image_inputs())
+        self._data = SetFingerprint()
+        # The images, or the texts where texts are classified.
+        self._images = self._record(backbone.input_tower, self._image_inputs())
         self._prompts = None
-        if "text" in backbone.towers:
+        if backbone.needs_prompts:
             self._prompts = self._record("text", self._prompt_inputs())
         self._image_features: list[ImageFeatures] | None = None
         self._class_weights: ClassWeights | None = None
+        self.data_fingerprint = SetFingerprint.combined(self._processes.gathered(self._data.value))
+        self.batch_size = max((len(labels) for labels in self._labels), default=1)
 
     def initial(self) -> LossValues:
         """Losses of the model as it is; on the way the towers' hidden states are recorded."""
         classes = self._classes()
-        sums: Tensor | float = 0.0
+        sums = self._zeros(1)
         for features, labels in zip(self._features(), self._labels, strict=True):
-            sums = sums + self._objective.sums(features, classes, labels)
-        assert isinstance(sums, Tensor)
-        return self._objective.values(sums)
+            sums[0] += self._objective.sums(features, classes, labels)
+        return self._objective.values(self._processes.total(sums)[0])
 
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
         """Losses with one layer truncated by each of the ratios."""
         matrices = list(self.matrices(layer, ratios))
-        evaluate = self._vision_sums if self._backbone.locate(layer).tower == "vision" else self._text_sums
-        return [self._objective.values(sums) for sums in evaluate(layer, ratios, matrices, progress)]
+        is_of_images = self._backbone.locate(layer).tower == self._backbone.input_tower
+        evaluate = self._image_sums if is_of_images else self._prompt_sums
+        sums = self._processes.total(evaluate(layer, ratios, matrices, progress))
+        return [self._objective.values(candidate) for candidate in sums]
 
     def choose(self, layer: str, rank_ratio: float) -> None:
         """Truncate a layer for all later evaluations, and forget what was computed with its old weight."""
         super().choose(layer, rank_ratio)
         location = self._backbone.locate(layer)
-        if location.tower == "vision":
+        if location.tower == self._backbone.input_tower:
             self._images.forget_above(location.level)
             self._image_features = None
         else:
@@ -164,34 +183,34 @@ class ReplayEvaluator(Evaluator):
             self._prompts.forget_above(location.level)
             self._class_weights = None
 
-    def _vision_sums(
+    def _image_sums(
         self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress
-    ) -> list[Tensor]:
+    ) -> Tensor:
         # Only the candidates' features are read now; keeping the present ones would cost their memory for nothing.
         self._image_features = None
         classes = self._classes()
-        sums: list[Any] = [0.0] * len(ratios)
+        sums = self._zeros(len(ratios))
         for batch, labels in enumerate(self._labels):
             for index, outputs in enumerate(self._candidates(self._images, batch, layer, matrices)):
-                sums[index] = sums[index] + self._objective.sums(self._embedded(outputs), classes, labels)
+                sums[index] += self._objective.sums(self._embedded(outputs), classes, labels)
                 share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
                 progress(layer, ratios[index], share)
         return sums
 
-    def _text_sums(
+    def _prompt_sums(
         self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress
-    ) -> list[Tensor]:
+    ) -> Tensor:
         assert self._prompts is not None
         features: list[list[Tensor]] = [[] for _ in ratios]
         for batch in range(len(self._prompts)):
             for index, outputs in enumerate(self._candidates(self._prompts, batch, layer, matrices)):
                 features[index].append(outputs[0])
         candidates = [self._backbone.class_weights(torch.cat(parts)) for parts in features]
-        sums: list[Any] = [0.0] * len(ratios)
+        sums = self._zeros(len(ratios))
         images = self._features()
         for batch, (image_features, labels) in enumerate(zip(images, self._labels, strict=True)):
             for index, classes in enumerate(candidates):
-                sums[index] = sums[index] + self._objective.sums(image_features, classes, labels)
+                sums[index] += self._objective.sums(image_features, classes, labels)
                 share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
                 progress(layer, ratios[index], share)
         return sums
@@ -223,20 +242,32 @@ class ReplayEvaluator(Evaluator):
             self._class_weights = self._backbone.class_weights(text)
         return self._class_weights
 
+    def _zeros(self, candidates: int) -> Tensor:
+        exact = torch.float32 if self._device.type == "mps" else torch.float64
+        return torch.zeros(candidates, self._objective.sums_size, dtype=exact, device=self._device)
+
     def _embedded(self, outputs: Sequence[Tensor]) -> ImageFeatures:
-        return ImageFeatures(*(self._backbone.embed(features) for features in outputs))
+        return self._backbone.embedded(ImageFeatures(*outputs))
 
     def _record(self, tower: str, inputs: Iterable[Mapping[str, Tensor]]) -> Recording:
         return Recording(self._backbone.towers[tower], inputs, self._device, self._budget)
 
-    def _image_inputs(self) -> Iterator[dict[str, Tensor]]:
-        for pixel_values, labels in self._objective.batches():
-            self._backbone.check_pixels(pixel_values)
-            self._labels.append(labels.to(self._device))
-            yield {"pixel_values": pixel_values}
+    def _image_inputs(self) -> Iterator[Mapping[str, Tensor]]:
+        objective = self._objective
+        if self._processes.count > 1:
+            objective = objective.shard(self._processes.index, self._processes.count)
+        for batch, batch_labels in objective.batches():
+            inputs = named_inputs(batch)
+            self._backbone.check(inputs)
+            self._data.add(inputs, batch_labels)
+            size = self._largest_batch or len(batch_labels)
+            for start in range(0, len(batch_labels), size):
+                part = slice(start, start + size)
+                self._labels.append(batch_labels[part].to(self._device))
+                yield {name: values[part] for name, values in inputs.items()}
 
     def _prompt_inputs(self) -> Iterator[dict[str, Tensor]]:
-        tokens = self._objective.class_tokens()
+        tokens = self._objective.prompt_tokens(self._backbone)
         size = self._objective.prompt_batch_size
         for start in range(0, len(tokens["input_ids"]), size):
             yield {key: value[start : start + size] for key, value in tokens.items()}

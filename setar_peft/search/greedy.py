@@ -25,37 +25,44 @@ class Decision(NamedTuple):
         layer: The layer that was decided.
         rank_ratio: The ratio chosen; 0 if no candidate was better.
         losses: The best losses so far, those of all decisions up to this one.
-        changed: Whether the layer's ratio differs from the one it had before.
         candidates: Every candidate evaluated in the step.
     """
 
     layer: str
     rank_ratio: float
     losses: LossValues
-    changed: bool
     candidates: list[Candidate]
+
+
+def total_loss(losses: LossValues) -> float:
+    """The paper's criterion."""
+    return losses.total
 
 
 def greedy_search(
     steps: Steps,
     initial: LossValues,
-    candidate_ratios: Sequence[float],
+    candidates: Callable[[str], Sequence[float]],
     evaluate: Callable[[str, Sequence[float]], Sequence[LossValues]],
     choose: Callable[[str, float], None],
+    *,
     passes: int = 1,
+    criterion: Callable[[LossValues], float] = total_loss,
 ) -> Iterator[Decision]:
-    """Decide layer after layer; a candidate wins if its loss is strictly lower than the best so far.
+    """Decide layer after layer; a candidate wins if its criterion is strictly lower than the best so far.
 
-    The layer's present ratio is never evaluated: its loss is the best so far. A non-finite loss never wins.
+    The layer's present ratio is never evaluated: its loss is the best so far. A criterion that is not finite never
+    wins.
 
     Args:
         steps: The layers that compete in each step (see `steps_of`).
         initial: Losses of the base.
-        candidate_ratios: Ratios to try, each above 0.
+        candidates: `layer -> ratios` to try, each above 0.
         evaluate: `(layer, ratios) -> losses`, each with that layer truncated by the ratio and all decided layers as
             decided. Ratio 0 stands for the untouched layer.
         choose: `(layer, ratio)`: makes a decision hold for all later evaluations.
         passes: Times to go through `steps`; a pass that changes nothing is the last.
+        criterion: What is minimised.
 
     Yields:
         One decision a step.
@@ -72,13 +79,11 @@ def greedy_search(
             tried: list[Candidate] = []
             if not settled:
                 for layer in competing:
-                    present = ratios.get(layer, 0.0)
-                    others = [ratio for ratio in (0.0, *candidate_ratios) if ratio != present]
-                    if layer not in ratios:
-                        others = [ratio for ratio in others if ratio > 0]
+                    others = _others(candidates(layer), ratios.get(layer), 0.0)
                     for ratio, losses in zip(others, evaluate(layer, others), strict=True):
                         tried.append(Candidate(layer, ratio, losses))
-                        if math.isfinite(losses.total) and losses.total < winner.losses.total:
+                        value = criterion(losses)
+                        if math.isfinite(value) and value < criterion(winner.losses):
                             winner = tried[-1]
             changed = winner.rank_ratio != ratios.get(winner.layer, 0.0)
             # Where all layers compete and none improves, the rest of the pass would evaluate the same candidates again.
@@ -89,6 +94,13 @@ def greedy_search(
             if changed:
                 changed_in_pass = True
                 choose(winner.layer, winner.rank_ratio)
-            yield Decision(winner.layer, winner.rank_ratio, best, changed, tried)
+            yield Decision(winner.layer, winner.rank_ratio, best, tried)
         if not changed_in_pass:
             return
+
+
+def _others(candidates: Sequence[float], present: float | None, untouched: float) -> list[float]:
+    """The ratios to evaluate: all but the present one; a layer that was never decided is untouched at present."""
+    if present is None or present == untouched:
+        return list(candidates)
+    return [ratio for ratio in (untouched, *candidates) if ratio != present]

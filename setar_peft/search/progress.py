@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from setar_peft.backbones import Location
+
 
 class SearchProgress:
     """A progress bar on standard error, or nothing.
@@ -27,8 +29,7 @@ class SearchProgress:
         self._done = 0.0
         self._loss = ""
         self._bar = Progress(
-            TextColumn("SeTAR search"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TaskProgressColumn(),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
@@ -48,16 +49,17 @@ class SearchProgress:
     ) -> None:
         self._bar.stop()
 
-    def candidate(self, layer: str, ratio: float, done: float) -> None:
+    def candidate(self, layer: Location, ratio: float, share: float, work: float) -> None:
         """Show a candidate.
 
         Args:
-            layer: Name of the layer.
+            layer: Where the layer sits.
             ratio: The candidate's ratio.
-            done: Work done in the present layer, in units of block passes.
+            share: Share of the layer's work that is done, 0 to 1.
+            work: The layer's work, in units of block passes.
         """
-        description = f"{layer}  ratio {ratio:.2f}  best loss {self._loss}"
-        self._bar.update(self._task, completed=self._done + done, description=description)
+        description = f"{layer.tower} {layer.level} {layer.weight_type}  ratio {ratio:.2f}  best {self._loss}"
+        self._bar.update(self._task, completed=self._done + share * work, description=description)
 
     def decided(self, work: float, loss: float) -> None:
         """Count a layer as done.

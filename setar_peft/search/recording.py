@@ -96,7 +96,7 @@ class Recording:
             self._states.append({0: kept})
         size = sum(state.numel() * state.element_size() for states in self._states for state in states.values())
         # Levels above 0 that every batch may keep, so that no batch lives at another's expense.
-        self._capacity = min(len(tower.blocks) - 1, max(0, int(budget.left // size)))
+        self._capacity = min(len(tower.blocks) - 1, max(0, int(budget.left // max(1, size))))
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -10,9 +10,12 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from setar_peft.losses import LossValues
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class TraceRow(NamedTuple):
@@ -93,6 +96,16 @@ class SearchTrace:
         writer.writerow(TraceRow._fields)
         writer.writerows(self.rows)
         return text.getvalue()
+
+    def plot(self) -> Figure:
+        """The chosen ratios by layer and tower, the loss by step, and every candidate's loss as a heat map.
+
+        Raises:
+            ImportError: If matplotlib is not installed; the extra `demo` has it.
+        """
+        from setar_peft.plots import search_figure
+
+        return search_figure(self)
 
     def to_json(self) -> str:
         """The whole trace as JSON."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,7 +100,10 @@ def test_search_repeats_the_published_code(
 
 @pytest.mark.usefixtures("one_thread")
 def test_interleaved_search_repeats_the_published_code(
-    load_clip: Callable[..., CLIPModel], class_names: list[str], golden_clip: dict[str, torch.Tensor], loss_tolerance: float
+    load_clip: Callable[..., CLIPModel],
+    class_names: list[str],
+    golden_clip: dict[str, torch.Tensor],
+    loss_tolerance: float,
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -150,7 +152,7 @@ def _decisions(golden: dict[str, Any]) -> list[float]:
     decisions = greedy_search(
         [[layer] for layer in layers],
         LossValues(losses[layers[0], 0.0]),
-        ratios,
+        lambda _: ratios,
         lambda layer, candidates: [LossValues(losses[layer, ratio]) for ratio in candidates],
         lambda _, ratio: chosen.append(ratio),
     )

@@ -79,7 +79,9 @@ def test_an_interrupted_search_leaves_the_model_as_it_was(
     _assert_same(before, _snapshot(model))
 
 
-@pytest.mark.parametrize("targets", [["mlp.fc1"], ["self_attn.q_proj"], ["visual_projection", "text_projection", "mlp.fc2"]])
+@pytest.mark.parametrize(
+    "targets", [["mlp.fc1"], ["self_attn.q_proj"], ["visual_projection", "text_projection", "mlp.fc2"]]
+)
 def test_replay_computes_what_full_evaluation_computes(
     load_clip: Clip, clip_objective: Objective, targets: list[str]
 ) -> None:
@@ -154,9 +156,7 @@ def test_images_are_decoded_once_and_prompts_tokenised_once(load_clip: Clip, cli
 
 
 def test_batch_size_and_order_change_nothing(load_clip: Clip, clip_objective: Objective) -> None:
-    results = [
-        search_rank_ratios(load_clip(), clip_objective(batch_size=size), progress=False) for size in (1, 7, 24)
-    ]
+    results = [search_rank_ratios(load_clip(), clip_objective(batch_size=size), progress=False) for size in (1, 7, 24)]
     shuffled = clip_objective(batch_size=7)
     order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
     shuffled.images._images, shuffled.images.labels = shuffled.images._images[order], shuffled.images.labels[order]
@@ -169,7 +169,9 @@ def test_batch_size_and_order_change_nothing(load_clip: Clip, clip_objective: Ob
 
 
 @pytest.mark.parametrize("memory", [0.0, 3e-4])
-def test_little_memory_costs_work_and_changes_nothing(load_clip: Clip, clip_objective: Objective, memory: float) -> None:
+def test_little_memory_costs_work_and_changes_nothing(
+    load_clip: Clip, clip_objective: Objective, memory: float
+) -> None:
     config = SeTARConfig(target_modules=["mlp.fc1"])
     roomy = search_rank_ratios(load_clip(), clip_objective(), config, progress=False)
     config.recording_memory = memory
@@ -187,7 +189,9 @@ def test_bases_in_half_precision_search_too(load_clip: Clip, clip_objective: Obj
     _assert_same(before, _snapshot(model))
 
 
-def test_several_passes_never_get_worse_and_end_when_nothing_changes(load_clip: Clip, clip_objective: Objective) -> None:
+def test_several_passes_never_get_worse_and_end_when_nothing_changes(
+    load_clip: Clip, clip_objective: Objective
+) -> None:
     once = search_rank_ratios(load_clip(), clip_objective(), progress=False)
     often = search_rank_ratios(load_clip(), clip_objective(), SeTARConfig(passes=9), progress=False)
     losses = [row.total_loss for row in often.trace.rows]
@@ -271,9 +275,9 @@ def test_wrong_settings_get_a_sentence(
 
 
 def test_wrong_inputs_get_a_sentence(load_clip: Clip, clip_objective: Objective) -> None:
+    objective = clip_objective()
+    objective.images._images = objective.images._images[..., :16, :16]
     with pytest.raises(ValueError, match=r"(24, 3, 16, 16).*\(images, 3, 32, 32\)"):
-        objective = clip_objective()
-        objective.images._images = objective.images._images[..., :16, :16]
         search_rank_ratios(load_clip(), objective, progress=False)
     with pytest.raises(ValueError, match="loss of the base model is nan"):
         search_rank_ratios(_nan_weight(load_clip()), clip_objective(), progress=False)
@@ -283,3 +287,36 @@ def test_wrong_inputs_get_a_sentence(load_clip: Clip, clip_objective: Objective)
         search_rank_ratios(nn.Linear(2, 2), clip_objective(), progress=False)
     with pytest.raises(ValueError, match=r"W_up of model type None.*target_modules"):
         search_rank_ratios(nn.Sequential(nn.Linear(2, 2)), lambda _: 0.0, progress=False)
+
+
+@pytest.mark.parametrize(("criterion", "part"), [("id", "id_loss"), ("ood", "ood_loss")])
+def test_a_part_of_the_loss_can_be_the_criterion(
+    load_clip: Clip, clip_objective: Objective, criterion: str, part: str
+) -> None:
+    result = search_rank_ratios(load_clip(), clip_objective(), SeTARConfig(criterion=criterion), progress=False)
+    minimised = [getattr(row, part) for row in result.trace.rows]
+    assert minimised == sorted(minimised, reverse=True)
+    for row in result.trace.rows:
+        tried = [getattr(c, part) for c in result.trace.candidates if c.step == row.step]
+        assert getattr(row, part) <= min(tried)
+    by_total = search_rank_ratios(load_clip(), clip_objective(), progress=False)
+    assert result.rank_ratios != by_total.rank_ratios
+
+
+def test_candidates_by_weight_type(load_clip: Clip, clip_objective: Objective) -> None:
+    config = SeTARConfig(
+        target_modules=["mlp.fc1", "self_attn.v_proj", "mlp.fc2"],
+        candidate_ratios={"W_v": [0.5], "default": [0.1, 0.2]},
+    )
+    trace = search_rank_ratios(load_clip(), clip_objective(), config, progress=False).trace
+    tried = {(row.weight_type, row.step): set() for row in trace.rows}
+    types = {row.step: row.weight_type for row in trace.rows}
+    for candidate in trace.candidates:
+        tried[types[candidate.step], candidate.step].add(candidate.rank_ratio)
+    assert all(ratios == ({0.5} if kind == "W_v" else {0.1, 0.2}) for (kind, _), ratios in tried.items())
+    # Within a block what runs last is searched first, block after block from the top.
+    assert [row.weight_type for row in trace.rows[:6]] == ["W_down", "W_up", "W_v"] * 2
+    assert [row.layer_num for row in trace.rows[:6]] == [3, 3, 3, 2, 2, 2]
+    config.candidate_ratios = {"W_v": [0.5]}
+    with pytest.raises(ValueError, match=r"ratios for W_v, but W_(down|up) is searched too"):
+        search_rank_ratios(load_clip(), clip_objective(), config, progress=False)

@@ -1,0 +1,108 @@
+"""What `setar search` does: load a model and images, say what the search costs, search, and write what it found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+
+from setar_peft.backbones import backbone_of
+from setar_peft.objective import LoCoOpObjective
+from setar_peft.search.estimate import estimate_cost
+from setar_peft.search.run import search_rank_ratios
+from setar_peft.tuner.config import SeTARConfig
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """What the user asked for on the command line.
+
+    Attributes:
+        model: Folder or Hub name of the model.
+        images: Folder with one subfolder of images a class.
+        output: Folder for the adapter, trace.json and trace.csv.
+        classes: JSON list of class names in the subfolders' order; the subfolders' names by default.
+        weights: Weight types to search.
+        order: Order of the layers.
+        candidates: Ratios to try; the paper's by default.
+        passes: Times to go through all layers at most.
+        prune: Which components are removed.
+        ood_weight: Weight of the OOD loss.
+        top_k: K of the OOD loss; 30 % of the classes by default.
+        prompt: Prompt with "{class}" in it.
+        batch_size: Images a batch.
+        device: Where to compute; a GPU if there is one by default.
+        dtype: The model's dtype.
+        resume: Continue the trace in `output`.
+        dry_run: Only say what it would cost.
+    """
+
+    model: str
+    images: Path
+    output: Path
+    classes: Path | None = None
+    weights: tuple[str, ...] = ("W_up",)
+    order: str = "vision_text"
+    candidates: tuple[float, ...] | None = None
+    passes: int = 1
+    prune: str = "minor"
+    ood_weight: float = 0.1
+    top_k: int | None = None
+    prompt: str = "a photo of a {class}"
+    batch_size: int = 64
+    device: str | None = None
+    dtype: str = "float32"
+    resume: bool = False
+    dry_run: bool = False
+
+
+def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
+    """Search as asked; the adapter, trace.json and trace.csv are in the output folder at the end.
+
+    Args:
+        request: What to do.
+        say: Where lines of text go.
+
+    Raises:
+        ValueError: If the model, the images or a setting is wrong; the message says what to give instead.
+    """
+    from setar_peft.demo.experiment import load_model_and_processor
+
+    if not request.images.is_dir():
+        raise ValueError(f"--images {request.images} is no folder; give the folder with one subfolder a class.")
+    names = sorted(path.name for path in request.images.iterdir() if path.is_dir())
+    if request.classes is not None:
+        names = json.loads(request.classes.read_text(encoding="utf-8"))
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, processor = load_model_and_processor(request.model)
+    model = model.to(device=device, dtype=getattr(torch, request.dtype))
+    objective = LoCoOpObjective(
+        processor,
+        names,
+        request.images,
+        ood_weight=request.ood_weight,
+        top_k=max(1, round(0.3 * len(names))) if request.top_k is None else request.top_k,
+        prompt=request.prompt,
+        batch_size=request.batch_size,
+    )
+    backbone = backbone_of(model)
+    targets = [name for weight_type in request.weights for name in backbone.modules_of_type(weight_type)]
+    candidates: dict[str, Any] = {} if request.candidates is None else {"candidate_ratios": list(request.candidates)}
+    config = SeTARConfig(
+        target_modules=targets, order=request.order, passes=request.passes, prune=request.prune, **candidates
+    )
+    say(estimate_cost(model, objective, config).table())
+    if request.dry_run:
+        return
+    trace_path = request.output / "trace.json"
+    result = search_rank_ratios(model, objective, config, trace_path=trace_path, resume=request.resume)
+    say(result.trace.table())
+    (request.output / "trace.csv").write_text(result.trace.to_csv(), encoding="utf-8")
+    get_peft_model(model, result.config).save_pretrained(str(request.output))
+    first, last = result.trace.initial.total, result.trace.rows[-1].total_loss
+    say(f"Loss {first:.6f} -> {last:.6f}. Adapter, trace.json and trace.csv are in {request.output}.")
