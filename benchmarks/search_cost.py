@@ -128,14 +128,13 @@ def main() -> None:
     for way in ("replay", "full"):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[way] = pool.apply(measure, (way, options))
-        print(
-            f"{way:>6}: {results[way]['seconds']:8.1f} s, peak {results[way]['peak_mebibytes']:7.0f} MiB above the model's",
-            flush=True,
-        )
+        seconds, peak = results[way]["seconds"], results[way]["peak_mebibytes"]
+        print(f"{way:>6}: {seconds:8.1f} s, peak {peak:7.0f} MiB above the model's", flush=True)
     ratio = results["full"]["seconds"] / results["replay"]["seconds"]
     same = results["full"]["rank_ratios"] == results["replay"]["rank_ratios"]
     gap = abs(results["full"]["loss"] - results["replay"]["loss"])
-    print(f"full / replay: {ratio:.2f} times the time; decisions {'equal' if same else 'DIFFER'}, losses within {gap:.1e}")
+    equal = "equal" if same else "DIFFER"
+    print(f"full / replay: {ratio:.2f} times the time; decisions {equal}, losses within {gap:.1e}")
     if target:
         versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
         target.write_text(json.dumps({"options": options, "versions": versions, "ratio": ratio, **results}, indent=1))

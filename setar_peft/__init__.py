@@ -4,12 +4,18 @@ Importing this package registers the method with PEFT, so that `get_peft_model(m
 `PeftModel.from_pretrained` know it.
 """
 
+from setar_peft.evaluation import evaluate
+from setar_peft.images import ImageSource
 from setar_peft.losses import locoop_loss
 from setar_peft.objective import LoCoOpObjective, Objective
-from setar_peft.search import SearchResult, SearchTrace, search_rank_ratios
+from setar_peft.search import SearchResult, SearchTrace, estimate_cost, search_rank_ratios
 from setar_peft.tuner import SeTARConfig, SeTARLayer, SeTARModel
+from setar_peft.tuner.card import CardFacts
+from setar_peft.tuner.export import export_lora
 
 __all__ = [
+    "CardFacts",
+    "ImageSource",
     "LoCoOpObjective",
     "Objective",
     "SeTARConfig",
@@ -17,6 +23,9 @@ __all__ = [
     "SeTARModel",
     "SearchResult",
     "SearchTrace",
+    "estimate_cost",
+    "evaluate",
+    "export_lora",
     "locoop_loss",
     "search_rank_ratios",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,25 @@ def read_folder(folder: str | Path, class_names: Sequence[str] | None = None) ->
     if not columns["image"]:
         raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return datasets.Dataset.from_dict(columns, features=features)
+
+
+def class_names_of(images: Path, classes: str | Path | None) -> list[str]:
+    """Names of the classes: those in a JSON file, or those of the subfolders, sorted.
+
+    Raises:
+        ValueError: If the folder does not exist, or the file holds no list of names.
+    """
+    if classes is None:
+        if not images.is_dir():
+            raise ValueError(f"{images} is no folder; give the folder that has one subfolder of images a class.")
+        return sorted(path.name for path in images.iterdir() if path.is_dir())
+    try:
+        names = json.loads(Path(classes).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{classes} cannot be read as JSON ({error}); give a list of class names.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{classes} holds no list of names; write for example ["cat", "dog"].')
+    return names
 
 
 def _class_of(subfolders: Sequence[Path], class_names: Sequence[str], root: Path) -> dict[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from setar_peft.backbones.base import Backbone, ImageFeatures, Location, Logits, Tower, TowerInput, named_inputs
@@ -25,6 +27,7 @@ __all__ = [
     "TowerInput",
     "backbone_of",
     "default_target_modules",
+    "model_classes",
     "named_inputs",
 ]
 
@@ -69,6 +72,11 @@ def backbone_of(model: nn.Module) -> Backbone:
             f"{' or '.join(backbone.model_classes)}. {advice}"
         )
     return backbone(model)
+
+
+def model_classes(model_type: str | None) -> Sequence[str]:
+    """Names of transformers' classes that a model type is loaded as; empty if it is not known."""
+    return _BACKBONES[model_type].model_classes if model_type in _BACKBONES else ()
 
 
 def default_target_modules(model_type: str | None) -> set[str]:

@@ -26,7 +26,7 @@ class _VisionTower(Tower):
         block = self.blocks[-1]
         # The patches take the last block's value path instead of its attention, then its MLP (Miyai et al., 2023b).
         patches = value_path(block, hidden[:, 1:])
-        pooled = self.step(entry, len(self.blocks) - 1, hidden)[:, 0]
+        pooled = self.last_step(entry, hidden, block.layer_norm2, lambda tokens: tokens[:, :1])[:, 0]
         patches = patches + block.mlp(block.layer_norm2(patches))
         return self._project(pooled), self._project(patches)
 
@@ -52,8 +52,9 @@ class _TextTower(Tower):
         return ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
-        hidden = self.step(entry, len(self.blocks) - 1, hidden)
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), entry.context.to(hidden.device)]
+        rows, ends = torch.arange(len(hidden), device=hidden.device), entry.context.to(hidden.device)
+        norm = self.blocks[-1].layer_norm2
+        pooled = self.last_step(entry, hidden, norm, lambda tokens: tokens[rows, ends][:, None])[:, 0]
         return (self.model.text_projection(self.model.text_model.final_layer_norm(pooled)),)
 
 

@@ -62,7 +62,8 @@ class _TextTower(Tower):
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
         # The last token is read, be it padding: SigLIP was trained on prompts padded to full length.
-        pooled = self.step(entry, len(self.blocks) - 1, hidden)[:, -1]
+        norm = self.blocks[-1].layer_norm2
+        pooled = self.last_step(entry, hidden, norm, lambda tokens: tokens[:, -1:])[:, 0]
         return (self.model.text_model.head(self.model.text_model.final_layer_norm(pooled)),)
 
 

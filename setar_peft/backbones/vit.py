@@ -36,7 +36,10 @@ class ViTTower(Tower):
         block = self.blocks[-1]
         patches = hidden[:, self.special_tokens :]
         patches = patches + block.attention.o_proj(block.attention.v_proj(block.layernorm_before(patches)))
-        special = self.step(entry, len(self.blocks) - 1, hidden)[:, : self.special_tokens]
+        if self.special_tokens == 1:
+            special = self.last_step(entry, hidden, block.layernorm_after, lambda tokens: tokens[:, :1])
+        else:
+            special = self.step(entry, len(self.blocks) - 1, hidden)[:, : self.special_tokens]
         patches = patches + block.mlp(block.layernorm_after(patches))
         norm = self.model.base_model.layernorm
         return self.pooled(norm(special)), norm(patches)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,14 @@ import torch
 from peft import get_peft_model
 
 from setar_peft.backbones import backbone_of
+from setar_peft.images import class_names_of
+from setar_peft.loading import load_model, load_processor
 from setar_peft.objective import LoCoOpObjective
 from setar_peft.search.estimate import estimate_cost
 from setar_peft.search.run import search_rank_ratios
 from setar_peft.tuner.config import SeTARConfig
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class SearchRequest:
         candidates: Ratios to try; the paper's by default.
         passes: Times to go through all layers at most.
         prune: Which components are removed.
+        criterion: What a candidate must lower.
         ood_weight: Weight of the OOD loss.
         top_k: K of the OOD loss; 30 % of the classes by default.
         prompt: Prompt with "{class}" in it.
@@ -51,6 +56,7 @@ class SearchRequest:
     candidates: tuple[float, ...] | None = None
     passes: int = 1
     prune: str = "minor"
+    criterion: str = "total"
     ood_weight: float = 0.1
     top_k: int | None = None
     prompt: str = "a photo of a {class}"
@@ -59,6 +65,18 @@ class SearchRequest:
     dtype: str = "float32"
     resume: bool = False
     dry_run: bool = False
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas.
+
+    Raises:
+        ValueError: If one is no number.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{text!r} is no list of numbers; separate them by commas, as in 0.1,0.2.") from None
 
 
 def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
@@ -71,18 +89,13 @@ def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
     Raises:
         ValueError: If the model, the images or a setting is wrong; the message says what to give instead.
     """
-    from setar_peft.demo.experiment import load_model_and_processor
-
-    if not request.images.is_dir():
-        raise ValueError(f"--images {request.images} is no folder; give the folder with one subfolder a class.")
-    names = sorted(path.name for path in request.images.iterdir() if path.is_dir())
-    if request.classes is not None:
-        names = json.loads(request.classes.read_text(encoding="utf-8"))
+    if request.dtype not in _DTYPES:
+        raise ValueError(f"--dtype is {request.dtype!r}; give one of {', '.join(_DTYPES)}.")
+    names = class_names_of(request.images, request.classes)
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load_model_and_processor(request.model)
-    model = model.to(device=device, dtype=getattr(torch, request.dtype))
+    model = load_model(request.model, dtype=_DTYPES[request.dtype]).to(device)
     objective = LoCoOpObjective(
-        processor,
+        load_processor(request.model, model),
         names,
         request.images,
         ood_weight=request.ood_weight,
@@ -94,7 +107,12 @@ def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
     targets = [name for weight_type in request.weights for name in backbone.modules_of_type(weight_type)]
     candidates: dict[str, Any] = {} if request.candidates is None else {"candidate_ratios": list(request.candidates)}
     config = SeTARConfig(
-        target_modules=targets, order=request.order, passes=request.passes, prune=request.prune, **candidates
+        target_modules=targets,
+        order=request.order,
+        passes=request.passes,
+        prune=request.prune,
+        criterion=request.criterion,
+        **candidates,
     )
     say(estimate_cost(model, objective, config).table())
     if request.dry_run:
@@ -102,7 +120,9 @@ def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
     trace_path = request.output / "trace.json"
     result = search_rank_ratios(model, objective, config, trace_path=trace_path, resume=request.resume)
     say(result.trace.table())
+    if find_spec("matplotlib"):
+        result.trace.plot().savefig(request.output / "trace.png", dpi=150)
     (request.output / "trace.csv").write_text(result.trace.to_csv(), encoding="utf-8")
     get_peft_model(model, result.config).save_pretrained(str(request.output))
     first, last = result.trace.initial.total, result.trace.rows[-1].total_loss
-    say(f"Loss {first:.6f} -> {last:.6f}. Adapter, trace.json and trace.csv are in {request.output}.")
+    say(f"Loss {first:.6f} -> {last:.6f}. The adapter and the trace (JSON, CSV, PNG) are in {request.output}.")

@@ -77,6 +77,8 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
     layers = _layers_by_tower(model, config, backbone)
     locations = {name: location for tower in layers.values() for name, location in tower.items()}
     steps = steps_of(_order(config, layers), {tower: list(names) for tower, names in layers.items()})
+    visited = {name for step in steps for name in step}
+    locations = {name: location for name, location in locations.items() if name in visited}
     candidates = {name: config.candidates_of(location.weight_type) for name, location in locations.items()}
     return SearchPlan(backbone, locations, steps, candidates, config.passes)
 

@@ -98,7 +98,7 @@ def search_rank_ratios(
         finally:
             evaluator.restore()
     found = copy.copy(config)
-    found.rank_ratios, found.objective = dict(rank_ratios), None
+    found.rank_ratios, found.target_modules, found.objective = dict(rank_ratios), set(rank_ratios), None
     return SearchResult(rank_ratios, trace, found, evaluator.residuals)
 
 

@@ -183,3 +183,12 @@ def test_the_real_tokenizer_ends_prompts_where_the_model_reads_them(load_clip: C
         features = backbone_of(model).text_features(dict(tokens))
         expected = model.get_text_features(**tokens).pooler_output
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_blocks_mlp_sees_only_what_is_read(load_clip: Callable[..., CLIPModel]) -> None:
+    """The pooled token apart from the patches of the value path: rows through the last MLP are counted."""
+    model = load_clip()
+    rows: list[int] = []
+    model.vision_model.encoder.layers[-1].mlp.register_forward_hook(lambda *call: rows.append(call[1][0].shape[1]))
+    backbone_of(model).image_features(torch.zeros(2, 3, 32, 32))
+    assert rows == [1, 16]

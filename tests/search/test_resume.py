@@ -83,7 +83,7 @@ def test_killed_at_random_moments_and_resumed(load_clip: Clip, clip_objective: O
             process.send_signal(signal.SIGKILL)
         interrupted_at.append(_rows(path))
     assert interrupted_at == sorted(interrupted_at)
-    assert 0 < interrupted_at[-1]
+    assert interrupted_at[-1] > 0
     assert interrupted_at[0] < 7, "the first kill should have found the search at work"
     result = search_rank_ratios(load_clip(), clip_objective(), progress=False, trace_path=path, resume=True)
     whole = search_rank_ratios(load_clip(), clip_objective(), progress=False)

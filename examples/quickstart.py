@@ -1,0 +1,29 @@
+"""SeTAR from end to end, offline: search ranks on real images, save, reload, merge, and compare detection."""
+
+from peft import PeftModel, get_peft_model
+
+from setar_peft import ImageSource, LoCoOpObjective, SeTARConfig, evaluate
+from setar_peft.demo import digits
+
+# A small CLIP, trained on handwritten digits on the first call; use any CLIPModel and CLIPProcessor instead.
+model, processor = digits.load_model()
+data = digits.load_images()
+
+# The loss that the search minimises, on a few labelled in-distribution images.
+objective = LoCoOpObjective(processor, data.class_names, *data.search, ood_weight=0.1, top_k=2)
+test = ImageSource(processor, *data.test, class_names=data.class_names)
+
+before = evaluate(model, objective, test, data.ood, processor=processor)
+peft_model = get_peft_model(model, SeTARConfig(objective=objective))
+after = evaluate(peft_model, objective, test, data.ood, processor=processor)
+
+for name, ratio in peft_model.peft_config["default"].rank_ratios.items():
+    print(f"{name}  {ratio:.2f}")
+print(f"before\n{before.table()}\nafter\n{after.table()}\n{after.convention()}")
+
+# An adapter like any other: it is saved, loaded onto a fresh base, and merged into a stock CLIPModel.
+peft_model.save_pretrained("digits-setar")
+base, _ = digits.load_model()
+reloaded = PeftModel.from_pretrained(base, "digits-setar")
+merged = reloaded.merge_and_unload()
+assert evaluate(merged, objective, test, data.ood, processor=processor).table() == after.table()

@@ -1,0 +1,154 @@
+"""The demo's course: search, adapter, save, reload in a fresh process, merge; with figures before and after."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import get_peft_model
+from rich.console import Console
+from torch import Tensor
+
+import setar_peft
+from setar_peft.demo import report
+from setar_peft.demo.experiment import Experiment
+from setar_peft.demo.reload import fixed_logits, logits_in_a_fresh_process
+from setar_peft.evaluation import Evaluation, evaluate
+from setar_peft.plots import summary_figure
+from setar_peft.search import SearchTrace, search_rank_ratios
+from setar_peft.tuner import SeTARConfig
+
+FIGURE_SCORE = "gl_mcm"
+_COMPARED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What came out of a run.
+
+    Attributes:
+        before: Figures of the base model.
+        after: Figures of the model with the adapter.
+        trace: The search.
+        rank_ratios: Module name -> ratio chosen.
+        reload_is_exact: Whether the adapter gave the same logits to the bit in a fresh process.
+        merge_difference: Largest absolute difference of the merged model's logits from the adapter's.
+        output: The folder with everything.
+    """
+
+    before: Evaluation
+    after: Evaluation
+    trace: SearchTrace
+    rank_ratios: dict[str, float]
+    reload_is_exact: bool
+    merge_difference: float
+    output: Path
+
+
+def run(
+    experiment: Experiment, output: str | Path, *, console: Console | None = None, progress: bool = True
+) -> DemoResult:
+    """Run the demo and print what it finds, better or worse.
+
+    The base model is changed: it ends up merged with the adapter.
+
+    Args:
+        experiment: What to run on.
+        output: Folder for adapter/, trace.json, results.json and figure.png; those of an earlier run are replaced.
+        console: Where to print; by default standard output.
+        progress: Show a progress bar of the search on standard error.
+
+    Raises:
+        ValueError: If the adapter's logits differ in a fresh process, or the search or the evaluation refuses the
+            model or the images.
+    """
+    console = Console() if console is None else console
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    report.print_inputs(console, experiment)
+    model, objective = experiment.model, experiment.objective
+
+    before = evaluate(model, objective, experiment.test, experiment.ood)
+    started = time.perf_counter()
+    found = search_rank_ratios(model, objective, SeTARConfig(), progress=progress, trace_path=folder / "trace.json")
+    seconds = time.perf_counter() - started
+    report.print_trace(console, found.trace, seconds)
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found.rank_ratios}
+    report.print_ranks(console, found.rank_ratios, shapes)
+
+    peft_model = get_peft_model(model, found.config)
+    after = evaluate(peft_model, objective, experiment.test, experiment.ood)
+    report.print_comparison(console, before, after)
+
+    adapter = folder / "adapter"
+    peft_model.save_pretrained(adapter)
+    inputs = _fixed_inputs(experiment)
+    with_adapter = fixed_logits(peft_model, inputs)
+    device = next(model.parameters()).device
+    reloaded = logits_in_a_fresh_process(experiment.base, adapter, inputs, device)
+    is_exact = all(torch.equal(with_adapter[name], reloaded[name]) for name in with_adapter)
+    merged = fixed_logits(peft_model.merge_and_unload(), inputs)
+    difference = _largest_difference(with_adapter, merged)
+    report.print_checks(console, len(inputs["pixel_values"]), is_exact, difference)
+
+    result = DemoResult(before, after, found.trace, found.rank_ratios, is_exact, difference, folder)
+    _write_results(result, experiment, seconds)
+    summary_figure(found.trace, _scores(before), _scores(after), FIGURE_SCORE).savefig(folder / "figure.png", dpi=150)
+    report.print_files(console, folder)
+    if not is_exact:
+        gap = _largest_difference(with_adapter, reloaded)
+        raise ValueError(
+            f"The adapter in {adapter} gives other logits in a fresh process, by up to {gap:.2e}. That is a fault of "
+            "setar-peft or of nondeterministic kernels on this device; please report it with results.json."
+        )
+    return result
+
+
+def _fixed_inputs(experiment: Experiment) -> dict[str, Tensor]:
+    """The first test images and the class prompts, as tensors."""
+    pixel_values, _ = next(experiment.test.batches())
+    return {"pixel_values": pixel_values[:_COMPARED_IMAGES], **experiment.objective.class_tokens()}
+
+
+def _largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def _scores(evaluation: Evaluation) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Scores of the figure by name of the set, the ID images first."""
+    sets = {"ID": evaluation.id_images, **evaluation.ood_images}
+    return {name: images.scores[FIGURE_SCORE].numpy() for name, images in sets.items()}
+
+
+def _write_results(result: DemoResult, experiment: Experiment, search_seconds: float) -> None:
+    values = {
+        "title": experiment.title,
+        "base": experiment.base,
+        "class_names": experiment.objective.class_names,
+        "ood_weight": experiment.objective.ood_weight,
+        "top_k": experiment.objective.top_k,
+        "search_images": len(experiment.objective),
+        "search_seconds": search_seconds,
+        "rank_ratios": result.rank_ratios,
+        "before": result.before.to_dict(),
+        "after": result.after.to_dict(),
+        "reload_is_exact": result.reload_is_exact,
+        "merge_difference": result.merge_difference,
+        "versions": {
+            "setar_peft": setar_peft.__version__,
+            "torch": torch.__version__,
+            "peft": peft.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    (result.output / "results.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,72 @@
+"""Models and processors from a folder or the Hub, for the command line."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from setar_peft.backbones import model_classes
+
+
+def load_model(name: str, **kwargs: Any) -> Any:
+    """A model of a known family, in evaluation mode.
+
+    Args:
+        name: Folder or Hub name.
+        kwargs: For `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: If there is no such model, its family is not known, or it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no model {name!r} that can be read; give a folder with a saved model, or a Hub name such as "
+            "openai/clip-vit-base-patch16 where the Hub can be reached."
+        ) from error
+    classes = model_classes(config.model_type)
+    if not classes:
+        raise ValueError(
+            f"{name} is of model type {config.model_type!r}, which is no known backbone. From Python, "
+            "search_rank_ratios takes any model with a callable objective."
+        )
+    # Where a family has several classes, the checkpoint says which it is.
+    architecture = next((cls for cls in config.architectures or () if cls in classes), classes[0])
+    try:
+        return getattr(transformers, architecture).from_pretrained(name, **kwargs).eval()
+    except OSError as error:
+        raise ValueError(
+            f"{name} cannot be loaded: {str(error).splitlines()[0]} Give a complete model folder or Hub name."
+        ) from error
+
+
+def load_processor(name: str, model: Any) -> Any:
+    """The processor of a model; where it has none that works here, a CLIP's is made for the model's image size.
+
+    Args:
+        name: Folder or Hub name.
+        model: The model.
+
+    Raises:
+        ValueError: If there is no processor and none can be made.
+    """
+    with warnings.catch_warnings():
+        # Without torchvision transformers warns that it takes the PIL processor, which is as good.
+        warnings.simplefilter("ignore")
+        try:
+            return AutoProcessor.from_pretrained(name)
+        except (OSError, ImportError, ValueError) as error:
+            if model.config.model_type != "clip":
+                raise ValueError(f"{name} has no processor that works here ({str(error).splitlines()[0]})") from error
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    side = model.config.vision_config.image_size
+    try:
+        image_processor = CLIPImageProcessorPil.from_pretrained(name)
+    except OSError:
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return transformers.CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
