@@ -1,0 +1,195 @@
+"""SeTAR beside PEFT's LoRA, PiSSA and OSF at equal rank: forward, training step, load, save, merge, unmerge.
+
+    python benchmarks/adapter.py [--blocks 2] [--ratio 0.1] [--rounds 5] [--device cpu] [--json FILE]
+
+The model is the vision tower of a CLIP of ViT-B/32's shape with random weights, adapted at W_up (fc1) of each block.
+"Equal rank" is the rank r that the ratio removes: LoRA and PiSSA of rank r, OSF with r trainable components. SeTAR+FT
+carries r frozen components beside its r trainable ones. Methods take turns in each round, so that a busy machine slows
+all of them; a figure is the median of the rounds, and the table gives it as a multiple of LoRA's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from setar_peft import SeTARConfig, SeTARLayer
+from setar_peft.decomposition import residual_rank
+
+WIDTH, FULL = 768, 3072
+BASELINE = "LoRA"
+FEW, MANY = 8, 16  # images a batch: 400 tokens are multiplied by the factors, 800 by the formed weight
+
+
+def base_model(blocks: int, device: torch.device) -> CLIPVisionModel:
+    """A vision tower of ViT-B/32's shape, with random weights."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=FULL, num_hidden_layers=blocks, num_attention_heads=12, patch_size=32
+    )
+    return CLIPVisionModel(config).to(device).eval()
+
+
+def configs(ratio: float) -> dict[str, PeftConfig]:
+    """The methods at the rank that the ratio removes."""
+    rank = residual_rank((FULL, WIDTH), ratio)
+    return {
+        "SeTAR": SeTARConfig(target_modules=["fc1"], rank_ratios=ratio),
+        "SeTAR+FT": SeTARConfig(target_modules=["fc1"], rank_ratios=ratio, finetune=True),
+        "LoRA": LoraConfig(target_modules=["fc1"], r=rank, lora_alpha=rank),
+        "PiSSA": LoraConfig(target_modules=["fc1"], r=rank, lora_alpha=rank, init_lora_weights="pissa"),
+        "OSF": OSFConfig(target_modules=["fc1"], effective_rank=WIDTH - rank),
+    }
+
+
+class Timer:
+    """Seconds that an action takes, with the device's work in them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def __call__(self, action: Callable[[], object]) -> float:
+        """Run it once."""
+        self._wait()
+        start = time.perf_counter()
+        action()
+        self._wait()
+        return time.perf_counter() - start
+
+
+def measure_round(
+    name: str, model: PeftModel, base: nn.Module, saved: Path, timer: Timer, *, load: bool
+) -> dict[str, float]:
+    """Every step of one method, once, in seconds; a step that the method has not is left out.
+
+    Loading, for which PiSSA and OSF decompose every weight again, is measured where `load` says so.
+    """
+    device = next(base.parameters()).device
+    few, many = (torch.randn(count, 3, 224, 224, device=device) for count in (FEW, MANY))
+    seconds = {}
+    with torch.no_grad():
+        seconds[f"forward, {FEW} images"] = timer(lambda: model(few))
+        seconds[f"forward, {MANY} images"] = timer(lambda: model(many))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if trainable:
+        optimizer = torch.optim.SGD(trainable, lr=0.0)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            model(few).pooler_output.square().mean().backward()
+            optimizer.step()
+
+        seconds[f"training step, {FEW} images"] = timer(step)
+    if load:
+        fresh = copy.deepcopy(base)
+        seconds["load"] = timer(lambda: PeftModel.from_pretrained(fresh, saved))
+    with tempfile.TemporaryDirectory() as folder:
+        seconds["save"] = timer(lambda: model.save_pretrained(folder))
+    if name != "OSF":  # which forgets the base weight, and refuses to unmerge
+        seconds["merge"] = timer(model.merge_adapter)
+        seconds["unmerge"] = timer(model.unmerge_adapter)
+    return seconds
+
+
+def measure(blocks: int, ratio: float, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Method -> step -> median seconds."""
+    timer, base = Timer(device), base_model(blocks, device)
+    models, create = {}, {}
+    for name, config in configs(ratio).items():
+        fresh = copy.deepcopy(base)
+        create[name] = timer(
+            lambda fresh=fresh, config=config, name=name: models.update({name: get_peft_model(fresh, config)})
+        )
+        models[name].eval()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, model in models.items():
+            model.save_pretrained(f"{folder}/{name}")
+        results: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+        for number in range(rounds + 1):
+            for name, model in models.items():
+                seconds = measure_round(name, model, base, Path(folder, name), timer, load=number < 4)
+                if number:  # the first round warms up
+                    for step, value in seconds.items():
+                        results[name].setdefault(step, []).append(value)
+    medians = {name: {step: statistics.median(all_) for step, all_ in steps.items()} for name, steps in results.items()}
+    return {name: {"create": create[name], **steps} for name, steps in medians.items()}
+
+
+def bandwidth_share(blocks: int, ratio: float, device: torch.device) -> dict[str, float]:
+    """On a GPU: bytes a second that merging reads and writes of weights, beside a plain copy on the same card."""
+    timer = Timer(device)
+    model = get_peft_model(base_model(blocks, device), configs(ratio)["SeTAR"])
+    layers = [layer for layer in model.modules() if isinstance(layer, SeTARLayer)]
+    moved = 2 * sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
+    source = torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    merges, copies = [], []
+    for _ in range(20):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        merges.append(moved / timer(model.merge_adapter))
+        peak = torch.cuda.max_memory_allocated() - before
+        model.unmerge_adapter()
+        copies.append(2 * source.numel() / timer(source.clone))
+    merge, copy_ = statistics.median(merges), statistics.median(copies)
+    return {
+        "merge, GB/s": merge / 1e9,
+        "copy, GB/s": copy_ / 1e9,
+        "share": merge / copy_,
+        "extra memory, layers": peak / (moved / 2 / len(layers)),
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The baseline's milliseconds, and every other method as a multiple of them."""
+    steps = list(dict.fromkeys(step for values in results.values() for step in values))
+    lines = [f"{'':<26}{BASELINE + ', ms':>10}" + "".join(f"{name:>10}" for name in results if name != BASELINE)]
+    for step in steps:
+        reference = results[BASELINE][step]
+        cells = [
+            f"{values[step] / reference:>9.2f}x" if step in values else f"{'-':>10}"
+            for name, values in results.items()
+            if name != BASELINE
+        ]
+        lines.append(f"{step:<26}{reference * 1e3:>10.1f}{''.join(cells)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=2, help="blocks of the model (ViT-B/32 has 12)")
+    parser.add_argument("--ratio", type=float, default=0.1, help="rank ratio, which gives every method its rank")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are taken over")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = torch.device(arguments.device)
+    rank = residual_rank((FULL, WIDTH), arguments.ratio)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{arguments.blocks} blocks of ViT-B/32's shape, rank {rank}, float32, {name}, torch {torch.__version__}\n")
+    results = measure(arguments.blocks, arguments.ratio, arguments.rounds, device)
+    print(table(results))
+    report: dict[str, Any] = {"settings": {**vars(arguments), "json": None, "rank": rank}, "seconds": results}
+    if device.type == "cuda":
+        report["merge"] = bandwidth_share(arguments.blocks, arguments.ratio, device)
+        print("\n" + "\n".join(f"{key}: {value:.2f}" for key, value in report["merge"].items()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
