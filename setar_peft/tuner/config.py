@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from setar_peft.decomposition import PRUNE_STRATEGIES, check_rank_ratio
-from setar_peft.tuner.checkpoint import check_adapter_folder
+from setar_peft.tuner.adapter_file import SavedShapes, check_adapter_file, file_digest, find_adapter_file
+from setar_peft.tuner.card import CardFacts, write_model_card
 from setar_peft.tuner.peft_type import SETAR
 
 ORDERS = ("vision_text", "text_vision", "vision", "text", "interleaved", "exhaustive")
+CRITERIA = ("total", "id", "ood")
 DEFAULT_CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 
 # Fields that live only at run time: they are not written to adapter_config.json.
-_RUNTIME_FIELDS = ("objective", "strict_base")
+_RUNTIME_FIELDS = ("objective", "strict_base", "card")
 
 
 @dataclass
@@ -45,10 +50,11 @@ class SeTARConfig(PeftConfig):
         finetune: Train the removed components (SeTAR+FT): the output starts at the base's and the factors B, A
             are trainable. By default nothing is.
         init_weights: `False` draws B and A at random, so that tests see an adapter that is not the identity.
-        candidate_ratios: Ratios tried for each layer, in [0, 1). Ratio 0 is always among them at no cost: it is
-            the incumbent.
+        candidate_ratios: Ratios tried for each layer, in [0, 1): a list, or a mapping from weight type ("W_up", ...,
+            "default") to a list. Ratio 0 is always among them at no cost: it is the incumbent.
         order: Order in which the search visits the layers: one of "vision_text", "text_vision", "vision", "text",
             "interleaved", "exhaustive", or an explicit list of module names.
+        criterion: What a candidate must lower: the "total" loss (the paper's), its "id" or its "ood" part.
         passes: Number of times the search goes through all layers; it ends early when a pass changes nothing.
         recording_memory: GiB of recorded hidden states that the search may hold; by default half of the memory
             that is free. What does not fit is computed again.
@@ -56,7 +62,9 @@ class SeTARConfig(PeftConfig):
             only; it is never serialised, copied or compared.
         strict_base: On loading, refuse a base that the factors did not come from instead of warning. Lives at run
             time only.
+        card: What the model card is to say besides: license, tags, metrics (see `CardFacts`). Lives at run time only.
         factors_saved: Set in a saved adapter's file: the factors come with it, so loading runs no decomposition.
+        weights_sha256: Set in a saved adapter's file: SHA-256 of the file of its factors.
 
     Raises:
         ValueError: If a field has a value outside its range; the message names the field.
@@ -72,23 +80,30 @@ class SeTARConfig(PeftConfig):
     seed: int = 0
     finetune: bool = False
     init_weights: bool = True
-    candidate_ratios: list[float] | tuple[float, ...] = DEFAULT_CANDIDATES
+    candidate_ratios: list[float] | tuple[float, ...] | dict[str, list[float]] = DEFAULT_CANDIDATES
     order: str | list[str] = "vision_text"
+    criterion: str = "total"
     passes: int = 1
     recording_memory: float | None = None
     objective: Any = field(default=None, repr=False, compare=False)
     strict_base: bool = field(default=False, compare=False)
+    card: CardFacts = field(default_factory=CardFacts, repr=False, compare=False)
     factors_saved: InitVar[bool] = False
+    weights_sha256: InitVar[str | None] = None
 
-    def __post_init__(self, factors_saved: bool) -> None:
+    def __post_init__(self, factors_saved: bool, weights_sha256: str | None) -> None:
         super().__post_init__()
         self.peft_type = SETAR
         # A config out of a saved adapter: its factors are in a file, and no decomposition is run to create them.
         self.awaits_factors = bool(factors_saved)
-        # The weight shapes that the factors in the file were made for, by module name.
-        self.saved_shapes: dict[str, tuple[int, int]] = {}
+        # What is in that file, once it was read.
+        self.saved_shapes: SavedShapes | None = None
+        self._weights_sha256 = weights_sha256
+        # Set by the tuner: names of the model's parameters that required gradients before the adapter came.
+        self.trainable_before: set[str] = set()
         # Set by the tuner: this config belongs to an adapter, so what is saved of it has factors beside it.
         self.factors_created = False
+        self._check_types()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -97,10 +112,24 @@ class SeTARConfig(PeftConfig):
         self._check_ratios()
         self._check_search()
 
-    @property
-    def candidates(self) -> tuple[float, ...]:
-        """The candidate ratios that are evaluated: ratio 0, the incumbent, is not among them."""
-        return tuple(ratio for ratio in self.candidate_ratios if ratio > 0)
+    def candidates_of(self, weight_type: str) -> tuple[float, ...]:
+        """The ratios that are evaluated for layers of a weight type: ratio 0, the incumbent, is not among them.
+
+        Args:
+            weight_type: "W_up" and so on, or a module's own name where it has no such name.
+
+        Raises:
+            ValueError: If `candidate_ratios` is a mapping that names neither the weight type nor "default".
+        """
+        ratios = self.candidate_ratios
+        if isinstance(ratios, dict):
+            if weight_type not in ratios and "default" not in ratios:
+                raise ValueError(
+                    f"candidate_ratios gives ratios for {', '.join(ratios)}, but {weight_type} is searched too. Add "
+                    f"{weight_type!r} or 'default'."
+                )
+            ratios = ratios.get(weight_type, ratios.get("default", ()))
+        return tuple(ratio for ratio in ratios if ratio > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that adapter_config.json holds, as plain values; run-time fields are left out."""
@@ -109,9 +138,23 @@ class SeTARConfig(PeftConfig):
             for item in fields(self)
             if item.name not in _RUNTIME_FIELDS
         }
-        values["candidate_ratios"] = list(self.candidate_ratios)
+        # A set has another order in each process; the same config is to give the same file.
+        values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+        if isinstance(self.candidate_ratios, tuple):
+            values["candidate_ratios"] = list(self.candidate_ratios)
+        values["weights_sha256"] = self._weights_sha256
         values["factors_saved"] = self.awaits_factors or self.factors_created
         return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json and, for an adapter, its model card (see `peft.PeftConfig.save_pretrained`)."""
+        auto_mapping = kwargs.get("auto_mapping_dict")
+        # PeftModel.save_pretrained, which passes a mapping, has written the weights by now; transformers does later.
+        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME) if "auto_mapping_dict" in kwargs else None
+        self._weights_sha256 = file_digest(weights) if weights is not None and weights.is_file() else None
+        super().save_pretrained(save_directory, **kwargs)
+        if self.factors_created:
+            write_model_card(save_directory, self, auto_mapping)
 
     @classmethod
     def from_pretrained(
@@ -119,7 +162,8 @@ class SeTARConfig(PeftConfig):
     ) -> SeTARConfig:
         """Read the config of a saved adapter from a folder or the Hub (see `peft.PeftConfig.from_pretrained`).
 
-        A folder's adapter file is checked against the config at the same time, before a model is touched.
+        The adapter's file is checked against the config at the same time, before a model is touched; from the Hub, it
+        is downloaded for this.
 
         Raises:
             ValueError: If there is no such config, it holds a wrong value, or the adapter file beside it is damaged
@@ -132,12 +176,43 @@ class SeTARConfig(PeftConfig):
                     f"The adapter_config.json of {pretrained_model_name_or_path} has no rank_ratios by module name. "
                     "Save the adapter again with save_pretrained."
                 )
-            folder = Path(pretrained_model_name_or_path, subfolder or "")
-            config.saved_shapes = check_adapter_folder(folder, config.rank_ratios, finetune=config.finetune)
+            hub_settings, _, _ = cls._split_kwargs(kwargs)
+            path = find_adapter_file(pretrained_model_name_or_path, subfolder, **hub_settings)
+            if path is None:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} has an adapter_config.json of a saved adapter, but no "
+                    f"{SAFETENSORS_WEIGHTS_NAME}. Copy or download the adapter again, with both files."
+                )
+            digest = config._weights_sha256 if path.name == SAFETENSORS_WEIGHTS_NAME else None
+            config.saved_shapes = check_adapter_file(path, config.rank_ratios, finetune=config.finetune, digest=digest)
         return config
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "objective": None}
+
+    def _check_types(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            text = isinstance(value, str) and name != "modules_to_save"
+            if value is not None and not text and not _is_names(value):
+                raise ValueError(f"{name} is {value!r}; give a list of names of modules.")
+            if text and name != "layers_pattern":
+                try:
+                    re.compile(value)
+                except (re.error, OverflowError) as error:
+                    raise ValueError(f"{name} is {value!r}, which is no regular expression ({error}).") from None
+        blocks = self.layers_to_transform
+        if blocks is not None and not (
+            _is_integer(blocks) or (isinstance(blocks, (list, tuple)) and all(map(_is_integer, blocks)))
+        ):
+            raise ValueError(f"layers_to_transform is {blocks!r}; give the index of a block, or a list of indices.")
+        for name in ("base_model_name_or_path", "revision", "_weights_sha256"):
+            if not isinstance(getattr(self, name), (str, os.PathLike, type(None))):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; give a string.")
+        if not isinstance(self.card, CardFacts):
+            raise ValueError(f"card is {self.card!r}; give a setar_peft.tuner.card.CardFacts.")
+        if not isinstance(self.auto_mapping, (dict, type(None))):
+            raise ValueError(f"auto_mapping is {self.auto_mapping!r}; it is a mapping that PEFT writes.")
 
     def _check_targets(self) -> None:
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -153,7 +228,7 @@ class SeTARConfig(PeftConfig):
             raise ValueError(f"prune is {self.prune!r}; give one of {', '.join(map(repr, PRUNE_STRATEGIES))}.")
         if not _is_integer(self.seed) or self.seed < 0:
             raise ValueError(f"seed is {self.seed!r}; give an integer of 0 or more.")
-        for name in ("finetune", "init_weights", "strict_base"):
+        for name in ("finetune", "init_weights", "strict_base", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give True or False.")
 
@@ -174,19 +249,21 @@ class SeTARConfig(PeftConfig):
             self.rank_ratios = check_rank_ratio(self.rank_ratios, "rank_ratios")
 
     def _check_search(self) -> None:
-        if not isinstance(self.candidate_ratios, (list, tuple)):
-            raise ValueError(f"candidate_ratios is {self.candidate_ratios!r}; give a list of numbers in [0, 1).")
-        self.candidate_ratios = tuple(check_rank_ratio(ratio, "candidate_ratios") for ratio in self.candidate_ratios)
-        if not self.candidates:
-            raise ValueError("candidate_ratios has no ratio above 0, so there is nothing to search.")
-        if len(set(self.candidate_ratios)) != len(self.candidate_ratios):
-            raise ValueError(f"candidate_ratios is {list(self.candidate_ratios)}; give each ratio once.")
+        if isinstance(self.candidate_ratios, dict):
+            self.candidate_ratios = {
+                weight_type: list(_checked_candidates(ratios, f"candidate_ratios[{weight_type!r}]"))
+                for weight_type, ratios in self.candidate_ratios.items()
+            }
+        else:
+            self.candidate_ratios = _checked_candidates(self.candidate_ratios, "candidate_ratios")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion is {self.criterion!r}; give one of {', '.join(map(repr, CRITERIA))}.")
         if isinstance(self.order, str):
             if self.order not in ORDERS:
                 raise ValueError(
                     f"order is {self.order!r}; give one of {', '.join(map(repr, ORDERS))}, or a list of module names."
                 )
-        elif not self.order or not all(isinstance(name, str) for name in self.order):
+        elif not self.order or not _is_names(self.order):
             raise ValueError(f"order is {self.order!r}; an explicit order is a list of module names, top first.")
         if not _is_integer(self.passes) or self.passes < 1:
             raise ValueError(f"passes is {self.passes!r}; give an integer of 1 or more.")
@@ -195,6 +272,21 @@ class SeTARConfig(PeftConfig):
             raise ValueError(
                 f"recording_memory is {memory!r}; give a number of GiB, or None for half of the free memory."
             )
+
+
+def _checked_candidates(ratios: object, where: str) -> tuple[float, ...]:
+    if not isinstance(ratios, (list, tuple)):
+        raise ValueError(f"{where} is {ratios!r}; give a list of numbers in [0, 1).")
+    checked = tuple(check_rank_ratio(ratio, where) for ratio in ratios)
+    if not any(checked):
+        raise ValueError(f"{where} is {ratios!r}, which has no ratio above 0, so there is nothing to search.")
+    if len(set(checked)) != len(checked):
+        raise ValueError(f"{where} is {list(checked)}; give each ratio once.")
+    return checked
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) and name for name in value)
 
 
 def _is_integer(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""A linear layer with SeTAR adapters: y = W x - B0 (A0 x), and + B (A x) when fine-tuned (paper, Eq. 6 to 8)."""
+"""The adapters of one layer: their factors, how they come into being, and merging them into the base weight."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
+from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from setar_peft.decomposition import Residual, decompose, residual_rank
+from setar_peft.tuner.base_weight import SavedBaseWeight
+from setar_peft.tuner.checkpoint import check_base
+from setar_peft.tuner.forward import Factors, effective_weight
 
 
 class SplitSettings(NamedTuple):
@@ -27,31 +30,31 @@ class SplitSettings(NamedTuple):
     name: str
 
 
-def formed_weight_is_cheaper(tokens: int, shape: tuple[int, int]) -> bool:
-    """Whether forming W - B0 A0 once costs less than multiplying every token by both factors.
-
-    With N tokens the factors cost 2 N r (m + n) operations and the formed weight 2 m n r, whatever the rank r, so
-    the rule is N > m n / (m + n): 614 tokens for 3072 x 768.
-
-    Args:
-        tokens: Number N of input vectors.
-        shape: (m, n) of the weight.
-    """
-    m, n = shape
-    return tokens * (m + n) > m * n
-
-
 class SeTARLayer(BaseTunerLayer):
     """The adapters of one linear layer.
 
     The frozen factors and the rank ratio are buffers, so that a training-free adapter has no parameter; they are
     named in `other_param_names` because PEFT makes whatever stands in `adapter_layer_names` trainable.
+
+    Several active adapters add up: W - B0 A0 - B0' A0' (+ B A + B' A'). With fine-tuned ones that is the sum of what
+    each has learned. Two training-free ones take the components that both remove away twice, which is no
+    truncation any more (W - 2 B0 A0 has them with the sign turned); a warning says so.
+
+    Attributes:
+        setar_B0: Adapter name -> removed components B0, (m, r).
+        setar_A0: Adapter name -> removed components A0, (r, n).
+        setar_ratio: Adapter name -> rank ratio, ().
+        setar_B: Adapter name -> trained factor B, (m, r); only of fine-tuned adapters.
+        setar_A: Adapter name -> trained factor A, (r, n); only of fine-tuned adapters.
     """
 
     adapter_layer_names: tuple[str, ...] = ("setar_A", "setar_B")
     other_param_names: tuple[str, ...] = ("setar_A0", "setar_B0", "setar_ratio")
 
-    base_layer: Any  # torch types what is stored in a module as "Tensor | Module"
+    # torch types what it does not know of a module as "Tensor | Module".
+    base_layer: Any
+    active_adapters: Any
+    _cast_input_dtype: Any
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -66,8 +69,7 @@ class SeTARLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        # The weight as it was before merging: what unmerging puts back, to the bit.
-        self._original_weight: Tensor | None = None
+        self._saved_base: SavedBaseWeight | None = None
         # Adapters whose factors are expected from a file; they are computed if the layer is used before.
         self._awaiting: dict[str, SplitSettings] = {}
         in_features, out_features = _get_in_out_features(self.get_base_layer())
@@ -100,24 +102,30 @@ class SeTARLayer(BaseTunerLayer):
             settings: Rank ratio and strategy of the residual.
             residual: The removed components B0 (m, r), A0 (r, n). `None` leaves room for factors that are about
                 to be loaded.
-            finetune: Add trainable factors B, A.
+            finetune: Add trainable factors B, A, unless the ratio is so small that there is nothing to train.
             init_weights: Start B, A at B0, A0 (the adapter is then the identity) rather than at random.
             inference_mode: Freeze B, A.
         """
-        rank = residual_rank(self.shape, settings.rank_ratio)
         device, base_dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         dtype = torch.float64 if base_dtype == torch.float64 else torch.float32
         if device is None or device.type == "meta":
             device = torch.device("cpu")
         if residual is None:
             self._awaiting[adapter_name] = settings
-            m, n = self.shape
+            (m, n), rank = self.shape, residual_rank(self.shape, settings.rank_ratio)
             residual = Residual(
                 torch.full((m, rank), torch.nan, dtype=dtype, device=device),
                 torch.full((rank, n), torch.nan, dtype=dtype, device=device),
             )
         self.setar_ratio[adapter_name] = torch.tensor(settings.rank_ratio, dtype=torch.float64, device=device)
-        self._set_factors(adapter_name, residual, finetune=finetune, init_weights=init_weights)
+        self.setar_B0[adapter_name], self.setar_A0[adapter_name] = residual.b0, residual.a0
+        if finetune and residual.rank:  # FSDP cannot shard empty parameters
+            b, a = residual.b0.clone(), residual.a0.clone()
+            if not init_weights:
+                nn.init.kaiming_uniform_(b, a=5**0.5)
+                nn.init.kaiming_uniform_(a, a=5**0.5)
+            self.setar_B[adapter_name] = nn.Parameter(b)
+            self.setar_A[adapter_name] = nn.Parameter(a)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def split_base_weight(self, settings: SplitSettings) -> Residual:
@@ -127,16 +135,17 @@ class SeTARLayer(BaseTunerLayer):
             ValueError: If the weight cannot be read or split; the message names the layer.
         """
         if settings.rank_ratio == 0:
-            m, n = self.shape
-            weight = self.weight
+            (m, n), weight = self.shape, self.weight
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
             device = "cpu" if weight.is_meta else weight.device
             return Residual(
                 torch.zeros(m, 0, dtype=dtype, device=device), torch.zeros(0, n, dtype=dtype, device=device)
             )
-        base_layer = self.get_base_layer()
-        with gather_params_ctx(base_layer.parameters()):
-            weight = self.base_matrix()
+        with gather_params_ctx(self.get_base_layer().parameters()):
+            try:
+                weight = self.base_matrix()
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise ValueError(f"The weight of {settings.name} cannot be decomposed: {error}") from error
             if weight.is_meta:
                 raise ValueError(
                     f"{settings.name} is on the meta device, so its weight cannot be decomposed. Load the base model's "
@@ -146,13 +155,33 @@ class SeTARLayer(BaseTunerLayer):
         return decomposition.residual(settings.rank_ratio)
 
     def base_matrix(self) -> Tensor:
-        """The base weight as the matrix W, (m, n): dequantised, and transposed where the layer stores it so."""
-        return self._oriented(self.get_base_weight())
+        """The base weight as the matrix W, (m, n): dequantised, gathered, and transposed where it is stored so.
+
+        Raises:
+            ValueError: If it is not whole: a shard of it is all that this process holds.
+        """
+        weight = self.get_base_weight()
+        if hasattr(weight, "full_tensor"):  # a DTensor (FSDP2, tensor parallelism)
+            weight = weight.full_tensor()
+        if weight.dim() == 2 and self._oriented(weight).shape == self.shape:
+            return self._oriented(weight)
+        raise ValueError(
+            f"it has shape {tuple(weight.shape)} where {self.shape} is expected, which is a shard of the weight. "
+            "Make the adapter, or merge it, before the model is sharded, or gather the weight first."
+        )
 
     def residual(self, adapter_name: str) -> Residual:
         """The removed components of an adapter, B0 (m, r) and A0 (r, n)."""
-        self._ensure_factors(adapter_name)
+        if adapter_name in self._awaiting:
+            self._settle(adapter_name)
         return Residual(self.setar_B0[adapter_name], self.setar_A0[adapter_name])
+
+    def factors(self, adapter_name: str) -> Factors:
+        """All the factors of an adapter."""
+        residual = self.residual(adapter_name)
+        if not self.is_finetuned(adapter_name):
+            return Factors(*residual)
+        return Factors(*residual, self.setar_B[adapter_name], self.setar_A[adapter_name])
 
     def is_finetuned(self, adapter_name: str) -> bool:
         """Whether the adapter has trainable factors B, A."""
@@ -160,9 +189,9 @@ class SeTARLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight: -B0 A0 (+ B A), in the base weight's shape and the factors' dtype."""
-        weight = self.weight
-        zeros = torch.zeros(self.shape, dtype=self.residual(adapter).b0.dtype, device=weight.device)
-        return self._oriented(self._effective_weight(zeros, [adapter]))
+        factors = self.factors(adapter)
+        zeros = torch.zeros(self.shape, dtype=factors.b0.dtype, device=factors.b0.device)
+        return self._oriented(effective_weight(zeros, [factors]))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the kept weight into the base layer, computed in float32 and rounded once.
@@ -179,10 +208,10 @@ class SeTARLayer(BaseTunerLayer):
         if not names:
             return
         merged = self.merged_weight([*self.merged_adapters, *names], check_finite=safe_merge)
-        if self._original_weight is None:
-            self._original_weight = self._stored_weight()
+        self._saved_base = self._saved_base or SavedBaseWeight(self)
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
+        self._warn_of_double_truncation(self.merged_adapters)
 
     def merged_weight(self, adapter_names: Sequence[str], *, check_finite: bool = False) -> Tensor:
         """The weight that merging these adapters stores, in the base weight's dtype and orientation.
@@ -196,9 +225,11 @@ class SeTARLayer(BaseTunerLayer):
                 f"Weights quantised with {backend.backend_name} cannot be merged into. Keep the adapter unmerged, or "
                 "merge into the model in floating point."
             )
-        base = self.base_matrix() if self._original_weight is None else self._original_matrix()
+        if hasattr(self.weight, "full_tensor"):
+            raise ValueError("A sharded weight cannot be merged into. Merge before the model is sharded.")
+        base = self._original_matrix()
         with torch.no_grad():
-            merged = self._effective_weight(base, adapter_names).to(base.dtype)
+            merged = effective_weight(base, [self.factors(name) for name in adapter_names]).to(base.dtype)
         if check_finite and not torch.isfinite(merged).all():
             raise ValueError(
                 f"Merging {', '.join(adapter_names)} would store NaN or infinity in a weight; the adapter is broken. "
@@ -211,10 +242,15 @@ class SeTARLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._original_weight is not None:
-            self._restore_weight(self._original_weight)
-        self._original_weight = None
+        if self._saved_base is not None:
+            self._saved_base.restore(self)
+        self._saved_base = None
         self.merged_adapters.clear()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters (see `BaseTunerLayer.set_adapter`); warns where two training-free ones would add up."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._warn_of_double_truncation(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; a merged layer is unmerged first, for the deleted adapter must not live on in it."""
@@ -251,120 +287,46 @@ class SeTARLayer(BaseTunerLayer):
             if adapter_name in container and not container[adapter_name].is_meta:
                 container[adapter_name] = container[adapter_name].to(device)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in list(self._awaiting):
-            if f"{prefix}setar_B0.{name}" in state_dict:
-                del self._awaiting[name]
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _settle(self, adapter_name: str) -> None:
+        """Take note that an adapter's factors have come from a file, or compute them where none have come."""
+        settings = self._awaiting[adapter_name]
+        b0, a0 = self.setar_B0[adapter_name], self.setar_A0[adapter_name]
+        if torch.isfinite(b0).all() and torch.isfinite(a0).all():
+            # Whatever put them there (transformers' load_adapter) has not compared them with the base.
+            check_base([(settings.name, self, Residual(b0, a0))], strict=False)
+        else:
+            residual = self.split_base_weight(settings)
+            # In place: a state dict or an optimiser may hold the tensors already.
+            with torch.no_grad():
+                for kind, factor in zip(("B", "A"), residual, strict=True):
+                    for container in (getattr(self, f"setar_{kind}0"), getattr(self, f"setar_{kind}")):
+                        if adapter_name in container:
+                            container[adapter_name].copy_(factor)
+        del self._awaiting[adapter_name]
 
-    def _ensure_factors(self, adapter_name: str) -> None:
-        settings = self._awaiting.pop(adapter_name, None)
-        if settings is None or torch.isfinite(self.setar_B0[adapter_name]).all():
-            return
-        finetune = self.is_finetuned(adapter_name)
-        self._set_factors(adapter_name, self.split_base_weight(settings), finetune=finetune, init_weights=True)
-
-    def _set_factors(self, adapter_name: str, residual: Residual, *, finetune: bool, init_weights: bool) -> None:
-        self.setar_B0[adapter_name], self.setar_A0[adapter_name] = residual.b0, residual.a0
-        if not finetune:
-            return
-        b, a = residual.b0.clone(), residual.a0.clone()
-        if not init_weights and residual.rank:
-            nn.init.kaiming_uniform_(b, a=5**0.5)
-            nn.init.kaiming_uniform_(a, a=5**0.5)
-        self.setar_B[adapter_name] = nn.Parameter(b)
-        self.setar_A[adapter_name] = nn.Parameter(a)
-
-    def _effective_weight(self, base: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """W - B0 A0 (+ B A) for all the adapters, (m, n), in the factors' dtype; differentiable in B and A."""
-        weight = base
-        for name in adapter_names:
-            b0, a0 = self.residual(name)
-            weight = weight.to(b0.dtype)
-            if b0.shape[1] == 0:
-                continue
-            weight = torch.addmm(weight, b0, a0, alpha=-1)
-            if self.is_finetuned(name):
-                weight = torch.addmm(weight, self.setar_B[name], self.setar_A[name])
-        return weight
+    def _warn_of_double_truncation(self, adapter_names: Sequence[str]) -> None:
+        fixed = [
+            name
+            for name in adapter_names
+            if name in self.setar_ratio and not self.is_finetuned(name) and self.setar_B0[name].shape[1]
+        ]
+        if len(fixed) > 1:
+            warnings.warn(
+                f"The training-free adapters {', '.join(fixed)} are active together on one layer: components that both "
+                "remove are subtracted twice. Activate one of them, or make one adapter with the larger ratio.",
+                PeftWarning,
+                stacklevel=3,
+            )
 
     def _oriented(self, matrix: Tensor) -> Tensor:
         return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
 
-    def _stored_weight(self) -> Any:
-        return (
-            self.get_base_layer().weight if self.quantization_backend is not None else self.get_base_layer().weight.data
-        )
-
-    def _restore_weight(self, stored: Any) -> None:
-        if self.quantization_backend is not None:
-            self.get_base_layer().weight = stored
-        else:
-            self.get_base_layer().weight.data = stored
-
     def _original_matrix(self) -> Tensor:
-        current = self._stored_weight()
-        self._restore_weight(self._original_weight)
+        if self._saved_base is None:
+            return self.base_matrix()
+        merged = SavedBaseWeight(self)
+        self._saved_base.restore(self)
         try:
             return self.base_matrix()
         finally:
-            self._restore_weight(current)
-
-
-class SeTARLinear(nn.Module, SeTARLayer):
-    """`nn.Linear` or transformers' `Conv1D`, quantised or not, with SeTAR adapters."""
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__()
-        SeTARLayer.__init__(self, base_layer, **kwargs)
-        self._active_adapter = adapter_name
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Apply the layer to x, (..., n); returns (..., m) in the base layer's output dtype."""
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.setar_ratio]
-        if self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
-        if self._can_form_weight() and formed_weight_is_cheaper(x.numel() // max(1, x.shape[-1]), self.shape):
-            return self._forward_formed(x, names)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
-        return self._add_factored(result, x, names)
-
-    def _can_form_weight(self) -> bool:
-        base = self.base_layer
-        plain = type(base).forward in (nn.Linear.forward, Conv1D.forward)
-        return plain and self.quantization_backend is None and not base._forward_hooks and not base._forward_pre_hooks
-
-    def _forward_formed(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        # Under autocast the product of the factors would be rounded before it is subtracted.
-        with torch.autocast(x.device.type, enabled=False):
-            weight = self._effective_weight(self._oriented(self.base_layer.weight), names).to(
-                self.base_layer.weight.dtype
-            )
-        return F.linear(x, weight, self.base_layer.bias)
-
-    def _add_factored(self, result: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
-        dtype = result.dtype
-        for name in names:
-            b0, a0 = self.residual(name)
-            if b0.shape[1] == 0:
-                continue
-            if self.is_finetuned(name):
-                b0 = torch.cat([self.setar_B[name], -b0], dim=1)
-                a0 = torch.cat([self.setar_A[name], a0], dim=0)
-                result = result + F.linear(F.linear(self._cast_input_dtype(x, a0.dtype), a0), b0)
-            else:
-                result = result - F.linear(F.linear(self._cast_input_dtype(x, a0.dtype), a0), b0)
-        return result.to(dtype)
-
-    def __repr__(self) -> str:
-        return "setar." + super().__repr__()
-
-    def extra_repr(self) -> str:
-        """The quantisation backend, if there is one."""
-        return quantization_extra_repr(self)
+            merged.restore(self)

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, _get_submodules
-from peft.utils import get_quantization_kwargs
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quantization_kwargs
 from torch import Tensor, nn
 
 from setar_peft.backbones import default_target_modules
 from setar_peft.decomposition import Residual
-from setar_peft.tuner.checkpoint import check_adapter_tensors, check_base
+from setar_peft.tuner.card import objective_settings
+from setar_peft.tuner.checkpoint import (
+    check_adapter_tensors,
+    check_base,
+    check_names,
+    check_other_tensors,
+    check_shapes,
+)
 from setar_peft.tuner.config import SeTARConfig
-from setar_peft.tuner.layer import SeTARLayer, SeTARLinear, SplitSettings
+from setar_peft.tuner.layer import SeTARLayer, SplitSettings
+from setar_peft.tuner.linear import SeTARLinear
 from setar_peft.tuner.targets import resolve_rank_ratios, targeted_modules
+
+# What torch.compile and FSDP put into the names of modules.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 
 
 class SeTARModel(BaseTuner):
-    """A model with SeTAR adapters (see `SeTARConfig`); what `get_peft_model` returns wraps one of these."""
+    """A model with SeTAR adapters (see `SeTARConfig`); what `get_peft_model` returns wraps one of these.
+
+    Not possible, because PEFT lists the methods for it in its own code: `get_peft_model(..., mixed=True)` and
+    hot-swapping an adapter.
+
+    Sharding: DistributedDataParallel needs a trainable parameter, which a training-free adapter does not have; use the
+    model as it is in each process then. With FSDP2 adapters can be made before or after sharding, but not merged after.
+    Under DeepSpeed ZeRO-3 the weight is gathered around the decomposition; this is untested.
+    """
 
     prefix = "setar_"
     tuner_layer_cls = SeTARLayer
@@ -29,16 +51,24 @@ class SeTARModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, or leave the model as it was (see `BaseTuner.inject_adapter`)."""
+        if "." in adapter_name:
+            raise ValueError(f"The adapter's name is {adapter_name!r}; PEFT needs a name without a dot.")
+        config = self.peft_config[adapter_name]
+        settings = dict(vars(config))
+        # PEFT takes the modules from the names of these tensors, where they are given, and not from the config.
+        self._saved_ratios = _ratios(kwargs.get("state_dict") or {})
+        config.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         # Everything that can fail on the user's input is computed before the first module is replaced.
         self._residuals: dict[str, Residual] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            remove_adapter(model, adapter_name)
+            remove_adapter(model, adapter_name, config.trainable_before)
+            vars(config).update(settings)
             raise
         finally:
-            self._residuals = {}
-        config = self.peft_config[adapter_name]
+            self._residuals, self._saved_ratios = {}, {}
+        config.card.objective = objective_settings(config.objective) or config.card.objective
         config.objective = None
         config.factors_created = True
 
@@ -52,7 +82,7 @@ class SeTARModel(BaseTuner):
                 f"An adapter is merged into {merged[0]}, so a new one would be made from a truncated weight. "
                 "Call unmerge_adapter() first."
             )
-        if config.rank_ratios is None and config.objective is None:
+        if config.rank_ratios is None and config.objective is None and not self._saved_ratios:
             raise ValueError(
                 "SeTARConfig has neither rank_ratios nor an objective. Pass the ratios, for example "
                 "SeTARConfig(rank_ratios=0.2), or an objective to search them with, for example "
@@ -60,6 +90,8 @@ class SeTARModel(BaseTuner):
             )
 
     def _prepare_adapter_config(self, peft_config: SeTARConfig, model_config: dict[str, Any]) -> SeTARConfig:
+        if peft_config.rank_ratios is None and self._saved_ratios:
+            peft_config.rank_ratios = dict(self._saved_ratios)
         if peft_config.target_modules is None:
             if isinstance(peft_config.rank_ratios, dict):
                 peft_config.target_modules = set(peft_config.rank_ratios)
@@ -75,18 +107,21 @@ class SeTARModel(BaseTuner):
             result = search(model, peft_config.objective, peft_config)
             peft_config.rank_ratios = result.rank_ratios
             self._residuals.update(result.residuals)
-        targets = targeted_modules(peft_config, model)
+        if self._saved_ratios:
+            targets = {name: module for name, module in model.named_modules() if name in self._saved_ratios}
+        else:
+            targets = targeted_modules(peft_config, model)
         if not targets:
             return  # PEFT says why nothing matched
         peft_config.rank_ratios = resolve_rank_ratios(peft_config.rank_ratios, targets)
-        for name, module in targets.items():
-            layer = module if isinstance(module, SeTARLayer) else self._new_layer(module, "unused")
-            saved_shape = peft_config.saved_shapes.get(name)
-            if saved_shape is not None and saved_shape != layer.shape:
-                raise ValueError(
-                    f"The adapter's factors for {name} are made for a weight {saved_shape}, this model's is {layer.shape}. "
-                    f"Load the base model that the adapter was made from ({peft_config.base_model_name_or_path})."
-                )
+        layers = {
+            name: module if isinstance(module, SeTARLayer) else self._new_layer(module, "unused")
+            for name, module in targets.items()
+        }
+        if peft_config.saved_shapes is not None:
+            check_shapes(peft_config.saved_shapes.weights, layers)
+            check_other_tensors(peft_config.saved_shapes.others, peft_config.modules_to_save or (), model)
+        for name, layer in layers.items():
             if not peft_config.awaits_factors and name not in self._residuals:
                 self._residuals[name] = layer.split_base_weight(self._settings(peft_config, name))
 
@@ -116,7 +151,9 @@ class SeTARModel(BaseTuner):
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            # Not by PEFT's `_replace_module`, which moves the layer to its base's device: it is there, and on an 8-bit
+            # base that fails on the placeholders of `low_cpu_mem_usage`.
+            setattr(parent, target_name, layer)
 
     def _new_layer(self, target: nn.Module, adapter_name: str) -> SeTARLinear:
         return SeTARLinear(target, adapter_name, **self._backend_kwargs())
@@ -149,6 +186,34 @@ class SeTARModel(BaseTuner):
             if safe_merge or (backend is not None and not backend.supports_merge):
                 layer.merged_weight([name for name in names if name in layer.setar_ratio], check_finite=safe_merge)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Tell the layers which adapter each item of a batch goes through, for as long as the context lasts.
+
+        Raises:
+            ValueError: If the model is in training mode, or a name is no adapter's.
+        """
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        hook = partial(_pass_adapter_names, names=list(adapter_names), beams=kwargs.get("num_beams") or 1)
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (SeTARLayer, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The factors are float32 from the start; without autocast PEFT's users expect the base layer's dtype.
         if autocast_adapter_dtype:
@@ -176,8 +241,14 @@ class SeTARModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         try:
-            check_adapter_tensors(state_dict, config.rank_ratios, finetune=config.finetune)
-            layers = {name.removeprefix("base_model.model."): layer for name, layer in _layers(model).items()}
+            shapes = check_adapter_tensors(state_dict, config.rank_ratios, finetune=config.finetune)
+            check_names(state_dict, model)
+            layers = {
+                _WRAPPERS.sub("", name).removeprefix("base_model.model."): layer
+                for name, layer in _layers(model).items()
+                if adapter_name in layer.setar_ratio
+            }
+            check_shapes(shapes, layers)
             tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in state_dict.items()}
             check_base(
                 (
@@ -187,15 +258,24 @@ class SeTARModel(BaseTuner):
                 strict=config.strict_base,
             )
         except BaseException:
-            remove_adapter(model, adapter_name)
+            # An adapter that was there before, trained perhaps, is not lost because a file does not fit it.
+            if any(adapter_name in layer._awaiting for layer in _layers(model).values()):
+                get_base_model: Any = getattr(model, "get_base_model", None)
+                remove_adapter(get_base_model() if get_base_model else model, adapter_name, config.trainable_before)
             raise
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
 
 
-def remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a model; a layer that is left without one becomes the base layer again."""
+def remove_adapter(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
+    """Take an adapter out of a model; a layer that is left without one becomes the base layer again.
+
+    Args:
+        model: The base model.
+        adapter_name: Name of the adapter.
+        trainable: Names of the parameters that required gradients before the adapter came.
+    """
     for name, layer in _layers(model).items():
         for container_name in layer.adapter_layer_names + layer.other_param_names:
             container = getattr(layer, container_name)
@@ -205,6 +285,39 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
         if not len(layer.setar_ratio):
             parent, _, target_name = _get_submodules(model, name)
             setattr(parent, target_name, layer.base_layer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            del module.modules_to_save[adapter_name]
+            if not len(module.modules_to_save):
+                parent, _, target_name = _get_submodules(model, name)
+                setattr(parent, target_name, module.original_module)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(name in trainable)
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    configs.pop(adapter_name, None)
+    if not configs:
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        if hasattr(model, "_hf_peft_config_loaded"):  # set by transformers' add_adapter beforehand
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: list[str], beams: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # In beam search the decoder sees each item once a beam, an encoder once.
+    repeated = beams if args and len(args[0]) == len(names) * beams else 1
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeated)]}
+
+
+def _ratios(state_dict: dict[str, Tensor]) -> dict[str, float]:
+    suffix = ".setar_ratio"
+    return {
+        key.removesuffix(suffix).removeprefix("base_model.model."): float(value)
+        for key, value in state_dict.items()
+        if key.endswith(suffix)
+    }
 
 
 def _layers(model: nn.Module) -> dict[str, SeTARLayer]:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 
@@ -36,7 +37,8 @@ def targeted_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Modul
         if not check_target_module_exists(config, name):
             continue
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        is_linear = isinstance(base, (nn.Linear, Conv1D))
+        # torch's attention takes the weight out of its output layer and never calls it.
+        is_linear = isinstance(base, (nn.Linear, Conv1D)) and not isinstance(base, NonDynamicallyQuantizableLinear)
         if not is_linear and resolve_quantization_backend(base, **get_quantization_kwargs(model)) is None:
             raise TypeError(
                 f"{name} is a {type(base).__name__}; a SeTAR adapter goes on torch.nn.Linear and transformers' "

@@ -1,0 +1,84 @@
+"""What adapters do to a linear layer, as functions of tensors: on its weight, or on its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """The factors of one adapter: W becomes W - B0 A0, and W - B0 A0 + B A when it is fine-tuned.
+
+    Attributes:
+        b0: Removed components, (m, r); frozen.
+        a0: Removed components, (r, n); frozen.
+        b: Trained factor, (m, r), or `None`.
+        a: Trained factor, (r, n), or `None`.
+    """
+
+    b0: Tensor
+    a0: Tensor
+    b: Tensor | None = None
+    a: Tensor | None = None
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the adapter removes no component, and so changes nothing."""
+        return self.b0.shape[1] == 0
+
+
+def formed_weight_is_cheaper(tokens: int, shape: tuple[int, int]) -> bool:
+    """Whether forming W - B0 A0 once costs less than multiplying every token by both factors.
+
+    With N tokens the factors cost 2 N r (m + n) operations and the formed weight 2 m n r, whatever the rank r, so
+    the rule is N > m n / (m + n): 614 tokens for 3072 x 768.
+
+    Args:
+        tokens: Number N of input vectors.
+        shape: (m, n) of the weight.
+    """
+    m, n = shape
+    return tokens * (m + n) > m * n
+
+
+def effective_weight(weight: Tensor, adapters: Iterable[Factors]) -> Tensor:
+    """The weight that a layer has with its adapters, W - B0 A0 (+ B A) summed over them.
+
+    Args:
+        weight: W, (m, n).
+        adapters: Factors of each adapter.
+
+    Returns:
+        (m, n), in float32 or wider, so that it is rounded once, by whoever stores it; differentiable in B and A.
+    """
+    for factors in adapters:
+        if factors.is_nothing:
+            continue
+        dtype = torch.promote_types(torch.promote_types(weight.dtype, factors.b0.dtype), torch.float32)
+        weight = torch.addmm(weight.to(dtype), factors.b0.to(dtype), factors.a0.to(dtype), alpha=-1)
+        if factors.b is not None and factors.a is not None:
+            weight = torch.addmm(weight, factors.b.to(dtype), factors.a.to(dtype))
+    return weight
+
+
+def adapter_output(x: Tensor, factors: Factors) -> Tensor:
+    """What an adapter adds to the layer's output: -B0 (A0 x) (+ B (A x)).
+
+    Args:
+        x: Input, (..., n), of the dtype of B0 and A0.
+        factors: The adapter's factors.
+
+    Returns:
+        (..., m), of the dtype of B0 and A0; under autocast of autocast's.
+    """
+    b0, a0, b, a = factors
+    if b is None or a is None:
+        return F.linear(F.linear(x, a0), -b0)
+    # One product with 2 r rows instead of two with r: at the start the two halves cancel.
+    left = torch.cat([b.to(b0.dtype), -b0], dim=1)
+    right = torch.cat([a.to(a0.dtype), a0], dim=0)
+    return F.linear(F.linear(x, right), left)

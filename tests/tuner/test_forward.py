@@ -1,0 +1,185 @@
+"""Factored and formed: the same layer, two ways to compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from setar_peft.decomposition import decompose
+from setar_peft.tuner import linear
+from setar_peft.tuner.forward import Factors, adapter_output, effective_weight, formed_weight_is_cheaper
+from setar_peft.tuner.layer import SplitSettings
+from setar_peft.tuner.linear import SeTARLinear
+
+
+def _layer(base: nn.Module, *, finetune: bool, ratio: float = 0.4, init_weights: bool = False) -> SeTARLinear:
+    torch.manual_seed(1)
+    layer = SeTARLinear(base, "default")
+    settings = SplitSettings(ratio, "minor", 0, "fc")
+    residual = layer.split_base_weight(settings)
+    layer.update_layer("default", settings, residual, finetune=finetune, init_weights=init_weights)
+    return layer
+
+
+def _bases() -> list[Callable[[], nn.Module]]:
+    def conv1d() -> Conv1D:
+        layer = Conv1D(14, 10)
+        nn.init.normal_(layer.weight)
+        return layer
+
+    return [lambda: nn.Linear(10, 14), lambda: nn.Linear(14, 10, bias=False), conv1d]
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    def force(formed: bool) -> None:
+        monkeypatch.setattr(linear, "formed_weight_is_cheaper", lambda tokens, shape: formed)
+
+    return force
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "formed"),
+    [
+        (614, (3072, 768), False),  # 614.4 tokens
+        (615, (3072, 768), True),
+        (615, (768, 3072), True),
+        (0, (4, 4), False),
+        (2, (4, 4), False),
+        (3, (4, 4), True),
+    ],
+)
+def test_the_rule_follows_from_shapes(tokens: int, shape: tuple[int, int], formed: bool) -> None:
+    assert formed_weight_is_cheaper(tokens, shape) is formed
+    m, n = shape
+    # The rule is the comparison of the two costs, in which the rank cancels out.
+    for rank in (1, 100):
+        assert (2 * tokens * rank * (m + n) > 2 * m * n * rank) is formed
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+@pytest.mark.parametrize("make_base", _bases())
+def test_both_ways_give_the_same_output_and_gradients(
+    make_base: Callable[[], nn.Module], finetune: bool, forced: Callable[[bool], None]
+) -> None:
+    torch.manual_seed(0)
+    layer = _layer(make_base().double(), finetune=finetune)
+    x = torch.randn(3, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
+    results = []
+    for formed in (False, True):
+        forced(formed)
+        layer.zero_grad()
+        x.grad = None
+        y = layer(x)
+        y.pow(2).sum().backward()
+        trained = [layer.setar_B["default"].grad, layer.setar_A["default"].grad] if finetune else []
+        results.append([y.detach(), x.grad, *trained])
+    for factored, formed_ in zip(*results, strict=True):
+        torch.testing.assert_close(factored, formed_, rtol=1e-10, atol=1e-10)
+    expected = F.linear(
+        x, layer.merged_weight(["default"]) if not _is_conv(layer) else layer.merged_weight(["default"]).T
+    )
+    bias = layer.base_layer.bias
+    torch.testing.assert_close(results[0][0], expected + (0 if bias is None else bias))
+
+
+def _is_conv(layer: SeTARLinear) -> bool:
+    return isinstance(layer.base_layer, Conv1D)
+
+
+@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("make_base", _bases())
+def test_gradcheck(make_base: Callable[[], nn.Module], formed: bool, forced: Callable[[bool], None]) -> None:
+    torch.manual_seed(0)
+    layer = _layer(make_base().double(), finetune=True)
+    forced(formed)
+    x = torch.randn(4, layer.in_features, dtype=torch.float64, requires_grad=True)
+    names = ["setar_B.default", "setar_A.default"]
+    start = [dict(layer.named_parameters())[name].detach().clone().requires_grad_() for name in names]
+
+    def run(x: Tensor, *trained: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, trained, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x, *start))
+
+
+def test_the_layer_chooses_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _layer(nn.Linear(10, 14), finetune=False)
+    asked = []
+    monkeypatch.setattr(linear, "formed_weight_is_cheaper", lambda *args: asked.append(args) or False)
+    layer(torch.ones(3, 5, 10))
+    assert asked == [(15, (14, 10))]
+
+
+def test_a_base_layer_with_hooks_is_called() -> None:
+    # A hook may gather or offload the weight (accelerate, ZeRO-3), or be the user's own.
+    layer = _layer(nn.Linear(10, 14), finetune=False)
+    seen = []
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    layer(torch.ones(1000, 10))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("rank_zero", [False, True])
+def test_an_empty_batch(rank_zero: bool) -> None:
+    layer = _layer(nn.Linear(10, 14), finetune=True, ratio=0.0 if rank_zero else 0.4)
+    assert layer(torch.ones(0, 10)).shape == (0, 14)
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_rank_zero_is_the_base_and_has_no_parameter(tokens: int) -> None:
+    # Most layers of a searched adapter have ratio 0, and FSDP2 cannot shard empty parameters.
+    layer = _layer(nn.Linear(10, 14), finetune=True, ratio=0.0)
+    x = torch.randn(tokens, 10)
+    assert torch.equal(layer(x), layer.base_layer(x))
+    assert not [name for name, _ in layer.named_parameters() if "setar" in name]
+    assert not layer.is_finetuned("default")
+
+
+def test_a_training_free_rank_zero_adapter_costs_nothing() -> None:
+    nothing = Factors(torch.zeros(4, 0), torch.zeros(0, 3))
+    weight = torch.randn(4, 3)
+    assert nothing.is_nothing
+    assert effective_weight(weight, [nothing]) is weight
+
+
+def test_functions_agree_with_the_equations() -> None:
+    weight = torch.randn(6, 5, dtype=torch.float64)
+    b0, a0 = decompose(weight).residual(0.5)
+    b, a = torch.randn_like(b0), torch.randn_like(a0)
+    x = torch.randn(7, 5, dtype=torch.float64)
+    for factors, expected in (
+        (Factors(b0, a0), weight - b0 @ a0),
+        (Factors(b0, a0, b, a), weight - b0 @ a0 + b @ a),
+    ):
+        torch.testing.assert_close(effective_weight(weight, [factors]), expected)
+        torch.testing.assert_close(x @ weight.T + adapter_output(x, factors), x @ expected.T)
+    both = effective_weight(weight, [Factors(b0, a0), Factors(b0, a0, b, a)])
+    torch.testing.assert_close(both, weight - 2 * b0 @ a0 + b @ a)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_formed_weight_is_computed_in_float32(dtype: torch.dtype) -> None:
+    weight = torch.randn(6, 5).to(dtype)
+    b0, a0 = decompose(weight).residual(0.5)
+    assert effective_weight(weight, [Factors(b0, a0)]).dtype == torch.float32
+    assert effective_weight(weight, [Factors(b0.to(dtype), a0.to(dtype))]).dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [2, 1000])
+def test_under_autocast(tokens: int) -> None:
+    torch.manual_seed(0)
+    layer = _layer(nn.Linear(64, 48), finetune=True)
+    x = torch.randn(tokens, 64)
+    exact = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - exact).norm() / exact.norm() < 0.02
+    y.float().sum().backward()
+    assert layer.setar_B["default"].grad.dtype == torch.float32
