@@ -8,6 +8,7 @@ from setar_peft.evaluation import evaluate
 from setar_peft.images import ImageSource
 from setar_peft.losses import locoop_loss
 from setar_peft.objective import LoCoOpObjective, Objective
+from setar_peft.patch_metric import PatchMetricObjective
 from setar_peft.search import SearchResult, SearchTrace, estimate_cost, search_rank_ratios
 from setar_peft.tuner import SeTARConfig, SeTARLayer, SeTARModel
 from setar_peft.tuner.card import CardFacts
@@ -18,6 +19,7 @@ __all__ = [
     "ImageSource",
     "LoCoOpObjective",
     "Objective",
+    "PatchMetricObjective",
     "SeTARConfig",
     "SeTARLayer",
     "SeTARModel",

@@ -7,6 +7,7 @@ OOD patches of the set of minus the entropy (Eq. 11). A patch is OOD if its true
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -115,6 +116,7 @@ def locoop_sums(
     top_k: int,
     eps: float = 1e-5,
     mask: Tensor | None = None,
+    on_ood_patches: Callable[[Tensor], None] | None = None,
 ) -> LossSums:
     """The summed LoCoOp loss of some images.
 
@@ -126,6 +128,7 @@ def locoop_sums(
         top_k: K of Eq. 10.
         eps: Of the entropy (see `negative_entropy`).
         mask: (images, patches), bool: which patches there are; by default all. The others count for nothing.
+        on_ood_patches: Called with the logits of OOD patches, (patches, classes), chunk by chunk.
     """
     exact = torch.float32 if pooled.device.type == "mps" else torch.float64
     logits = classes.logits(pooled)
@@ -142,8 +145,11 @@ def locoop_sums(
         part = slice(start, start + max(1, chunk))
         local_logits = classes.logits(rows[part])
         is_ood = ood_patch_mask(local_logits[:, None], row_labels[part], top_k)[:, 0]
-        ood_loss += negative_entropy(local_logits[is_ood], eps).sum(dtype=exact)
-        ood_patches += is_ood.sum()
+        ood_logits = local_logits[is_ood]
+        ood_loss += negative_entropy(ood_logits, eps).sum(dtype=exact)
+        ood_patches += len(ood_logits)
+        if on_ood_patches is not None:
+            on_ood_patches(ood_logits)
     return LossSums(
         F.cross_entropy(logits, labels, reduction="none").sum(dtype=exact),
         logits.new_tensor(images, dtype=exact),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
@@ -23,12 +24,13 @@ class _VisionTower(Tower):
         return self.model.vision_model(pixel_values=inputs["pixel_values"])
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
-        block = self.blocks[-1]
-        # The patches take the last block's value path instead of its attention, then its MLP (Miyai et al., 2023b).
-        patches = value_path(block, hidden[:, 1:])
-        pooled = self.last_step(entry, hidden, block.layer_norm2, lambda tokens: tokens[:, :1])[:, 0]
-        patches = patches + block.mlp(block.layer_norm2(patches))
-        return self._project(pooled), self._project(patches)
+        del entry
+        # The patches take the last block's value path instead of its attention, then its MLP (Miyai et al., 2023b);
+        # so only the pooled token attends, and both go through the MLP together.
+        tokens = attended_by_first(self.blocks[-1], hidden)
+        tokens = tokens + self.blocks[-1].mlp(self.blocks[-1].layer_norm2(tokens))
+        tokens = self._project(tokens)
+        return tokens[:, 0], tokens[:, 1:]
 
     def _project(self, hidden: Tensor) -> Tensor:
         return self.model.visual_projection(self.model.vision_model.post_layernorm(hidden))
@@ -58,9 +60,25 @@ class _TextTower(Tower):
         return (self.model.text_projection(self.model.text_model.final_layer_norm(pooled)),)
 
 
-def value_path(block: Any, patches: Tensor) -> Tensor:
-    """Patches (images, patches, width) past a block's attention: each attends to itself alone."""
-    return patches + block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(patches)))
+def attended_by_first(block: Any, hidden: Tensor) -> Tensor:
+    """The first token past a block's attention, and the others, (batch, tokens, width), each attending to itself alone.
+
+    Args:
+        block: A block with `layer_norm1` and `self_attn`.
+        hidden: Its input, (batch, tokens, width).
+    """
+    attention = block.self_attn
+    normed = block.layer_norm1(hidden)
+    values, keys = attention.v_proj(normed), attention.k_proj(normed)
+    # Contiguous: on a strided input the same product may be summed in another order once the weights are frozen.
+    query = attention.q_proj(normed[:, :1].contiguous())
+
+    def by_head(tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+
+    first = F.scaled_dot_product_attention(by_head(query), by_head(keys), by_head(values), scale=attention.scale)
+    first = first.transpose(1, 2).flatten(-2)
+    return hidden + attention.out_proj(torch.cat([first, values[:, 1:]], dim=1))
 
 
 class CLIPBackbone(Backbone):

@@ -9,8 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setar_peft.backbones.base import Tower, TowerInput
-from setar_peft.backbones.clip import CLIPBackbone, value_path
+from setar_peft.backbones.clip import CLIPBackbone
 from setar_peft.losses import ClassWeights
+
+
+def value_path(block: Any, patches: Tensor) -> Tensor:
+    """Patches (images, patches, width) past a block's attention: each attends to itself alone."""
+    return patches + block.self_attn.out_proj(block.self_attn.v_proj(block.layer_norm1(patches)))
 
 
 class _VisionTower(Tower):

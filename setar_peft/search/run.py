@@ -125,7 +125,9 @@ def _decide(
             values = evaluator.losses(
                 layer, ratios, lambda _, ratio, share: bar.candidate(location, ratio, share, work)
             )
-        bar.decided(work, min([best, *(value.total for value in values if math.isfinite(value.total))]))
+        bar.decided(
+            plan.locations[layer], work, min([best, *(value.total for value in values if math.isfinite(value.total))])
+        )
         return values
 
     rank_ratios = dict.fromkeys(plan.locations, 0.0)
