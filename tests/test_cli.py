@@ -50,7 +50,7 @@ def test_demo_on_a_local_folder(cases: Path, tmp_path: Path) -> None:
     ("options", "pieces"),
     [
         ({"--images": "nowhere"}, ["nowhere is no folder", "one subfolder of images a class"]),
-        ({"--model": "no/such/model"}, ["There is no model 'no/such/model'", "a folder with a saved CLIPModel"]),
+        ({"--model": "no/such/model"}, ["There is no model 'no/such/model'", "a folder with a saved model"]),
         ({"--model": "swin_tiny"}, ["is of model type 'swinv2'", "the demo takes a CLIP"]),
         ({"--top-k": "7"}, ["top_k is 7 with 6 classes"]),
         ({"--ood-weight": "-1"}, ["ood_weight is -1.0"]),

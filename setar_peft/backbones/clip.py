@@ -74,7 +74,7 @@ def attended_by_first(block: Any, hidden: Tensor) -> Tensor:
     query = attention.q_proj(normed[:, :1].contiguous())
 
     def by_head(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        return tensor.view(*tensor.shape[:-1], attention.num_heads, attention.head_dim).transpose(1, 2)
 
     first = F.scaled_dot_product_attention(by_head(query), by_head(keys), by_head(values), scale=attention.scale)
     first = first.transpose(1, 2).flatten(-2)
