@@ -252,7 +252,10 @@ class TestTraining:
         for checkpointing in (False, True):
             model = get_peft_model(load_clip(), SeTARConfig(rank_ratios=0.3, finetune=True))
             if checkpointing:
-                model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+                base = model.base_model.model
+                # transformers 5.23 renamed the method.
+                enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
             model.train()
             model(**batch).logits_per_image.pow(2).mean().backward()
             gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
