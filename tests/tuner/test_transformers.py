@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers import CLIPModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from setar_peft import SeTARConfig, SeTARLayer
 from setar_peft.tuner import layer as layer_module
 
-# PEFT says so whenever transformers adds a second adapter, of whatever method.
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+pytestmark = [
+    # PEFT says so whenever transformers adds a second adapter, of whatever method.
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
+    pytest.mark.skipif(
+        Version(version("peft")) < Version(MIN_PEFT_VERSION),
+        reason=f"this transformers wants PEFT {MIN_PEFT_VERSION} or later for any adapter, and {version('peft')} is installed",
+    ),
+]
 
 LoadClip = Callable[..., CLIPModel]
 
