@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
     pytest.mark.skipif(
         Version(version("peft")) < Version(MIN_PEFT_VERSION),
-        reason=f"this transformers wants PEFT {MIN_PEFT_VERSION} or later for any adapter, and {version('peft')} is installed",
+        reason=f"this transformers wants PEFT {MIN_PEFT_VERSION} or later for any adapter; {version('peft')} is here",
     ),
 ]
 
