@@ -7,20 +7,19 @@ Works on a stock model and on a PEFT model alike. Scores are computed batch by b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, ImageFeatures, Logits, backbone_of, named_inputs
+from setar_peft.backbones import ImageFeatures, Logits, named_inputs
 from setar_peft.images import ImageSource
 from setar_peft.inputs import NamedInputs
 from setar_peft.losses import LOCAL_LOGITS_CHUNK, ClassWeights
 from setar_peft.metrics import OODMetrics, Positive, ThresholdRule, accuracy, ood_metrics
-from setar_peft.objective import Objective
+from setar_peft.objective import Objective, encoded_classes, evaluation_mode
 from setar_peft.scores import find_score, score
 
 DEFAULT_SCORES = ("mcm", "gl_mcm")
@@ -208,8 +207,8 @@ def image_scores(
         raise ValueError(f"scores is {scores!r}; give a list of names, such as {list(DEFAULT_SCORES)}.")
     needs_local = any(find_score(name).needs_local for name in scores)
     logits, labels, values = [], [], []
-    with _evaluation_mode(model) as (backbone, device):
-        classes = _class_weights(backbone, objective.prompt_tokens, objective.prompt_batch_size, device)
+    with evaluation_mode(model) as (backbone, device):
+        classes = encoded_classes(backbone, objective.prompt_tokens, objective.prompt_batch_size, device)
         for batch, batch_labels in images.batches():
             inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}
             features = backbone.embedded(backbone.image_features(inputs))
@@ -236,36 +235,9 @@ def image_logits(model: nn.Module, class_tokens: Mapping[str, Tensor], pixel_val
     Raises:
         ValueError: If the family of the model is not known, or the images do not fit it.
     """
-    with _evaluation_mode(model) as (backbone, device):
-        classes = _class_weights(backbone, lambda _: class_tokens, Objective.prompt_batch_size, device)
+    with evaluation_mode(model) as (backbone, device):
+        classes = encoded_classes(backbone, lambda _: class_tokens, Objective.prompt_batch_size, device)
         return backbone.logits(pixel_values.to(device), classes)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]:
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-    backbone = backbone_of(base)
-    training = [module for module in base.modules() if module.training]
-    base.eval()
-    try:
-        with torch.no_grad():
-            yield backbone, next(base.parameters()).device
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _class_weights(
-    backbone: Backbone,
-    prompt_tokens: Callable[[Backbone], Mapping[str, Tensor]],
-    prompt_batch_size: int,
-    device: torch.device,
-) -> ClassWeights:
-    text = None
-    if backbone.needs_prompts:
-        tokens = {name: value.to(device) for name, value in prompt_tokens(backbone).items()}
-        text = backbone.text_features(tokens, prompt_batch_size)
-    return backbone.class_weights(text)
 
 
 def _parts(features: ImageFeatures, classes: ClassWeights, needs_local: bool) -> Iterator[tuple[Tensor, Tensor | None]]:

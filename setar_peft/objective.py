@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +21,49 @@ if TYPE_CHECKING:
     import datasets
 
 PROMPT = "a photo of a {class}"
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]:
+    """A model's backbone and device, in evaluation mode and without gradients; training flags are put back.
+
+    Args:
+        model: A stock model of a known family, or the same with adapters.
+
+    Raises:
+        ValueError: If the family of the model is not known.
+    """
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    backbone = backbone_of(base)
+    training = [module for module in base.modules() if module.training]
+    base.eval()
+    try:
+        with torch.no_grad():
+            yield backbone, next(base.parameters()).device
+    finally:
+        for module in training:
+            module.training = True
+
+
+def encoded_classes(
+    backbone: Backbone,
+    prompt_tokens: Callable[[Backbone], Mapping[str, Tensor]],
+    prompt_batch_size: int,
+    device: torch.device,
+) -> ClassWeights:
+    """The map from features to logits, (classes, d): by class prompts where the model needs them, else its own.
+
+    Args:
+        backbone: The model's backbone.
+        prompt_tokens: `backbone -> tokens` of the prompts, each (classes, tokens); called only where there are prompts.
+        prompt_batch_size: Prompts encoded at once.
+        device: Where the model computes.
+    """
+    text = None
+    if backbone.needs_prompts:
+        tokens = {name: value.to(device) for name, value in prompt_tokens(backbone).items()}
+        text = backbone.text_features(tokens, prompt_batch_size)
+    return backbone.class_weights(text)
 
 
 class Objective(ABC):
@@ -84,26 +128,13 @@ class Objective(ABC):
         Args:
             model: A stock model of a known family, or the same with adapters.
         """
-        base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-        backbone = backbone_of(base)
-        device = next(base.parameters()).device
-        training = [module for module in base.modules() if module.training]
-        base.eval()
-        try:
-            with torch.no_grad():
-                text = None
-                if backbone.needs_prompts:
-                    tokens = {key: value.to(device) for key, value in self.prompt_tokens(backbone).items()}
-                    text = backbone.text_features(tokens, self.prompt_batch_size)
-                classes = backbone.class_weights(text)
-                total: Any = 0.0
-                for batch, labels in self.batches():
-                    inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}
-                    features = backbone.embedded(backbone.image_features(inputs))
-                    total = total + self.sums(features, classes, labels.to(device))
-        finally:
-            for module in training:
-                module.training = True
+        total: Any = 0.0
+        with evaluation_mode(model) as (backbone, device):
+            classes = encoded_classes(backbone, self.prompt_tokens, self.prompt_batch_size, device)
+            for batch, labels in self.batches():
+                inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}
+                features = backbone.embedded(backbone.image_features(inputs))
+                total = total + self.sums(features, classes, labels.to(device))
         return self.values(total)
 
     def __call__(self, model: nn.Module) -> float:

@@ -94,7 +94,6 @@ def estimate_cost(model: nn.Module, objective: Objective, config: SeTARConfig | 
 @dataclass(frozen=True)
 class _TowerCost:
     depth: int
-    rows: int
     block_flops: float
     block_seconds: float
     end_seconds: float
@@ -148,27 +147,23 @@ def _on(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 def _probe(tower: Tower, batches: list[dict[str, Tensor]], rows: int) -> _TowerCost:
     """Operations and seconds of one pass of all rows through one block, from two batches."""
-    seconds = {"blocks": 0.0, "end": 0.0}
-    flops = size = 0
-    for batch in batches:
+    for batch in batches:  # the first warms up, the last is what is measured
         entry = tower.enter(batch)
         hidden, start = entry.hidden, _now(entry.hidden)
-        size = max(size, hidden.numel() * hidden.element_size() // len(hidden))
+        size = hidden.numel() * hidden.element_size() // len(hidden)
         for level in range(len(tower.blocks) - 1):
             hidden = tower.step(entry, level, hidden)
         middle = _now(hidden)
         tower.finish(entry, hidden)
-        seconds = {"blocks": middle - start, "end": _now(hidden) - middle}
-        count = len(hidden)
-    one = {name: value[:1] for name, value in batches[-1].items()}
+        end = _now(hidden)
     with FlopCounterMode(display=False) as counter:
-        tower.features(one)
+        tower.features({name: value[:1] for name, value in batches[-1].items()})
     flops = counter.get_total_flops()
     depth = len(tower.blocks)
-    scale = rows / count
-    block_seconds = seconds["blocks"] / max(1, depth - 1) * scale
-    end_seconds = max(0.0, seconds["end"] * scale - block_seconds)
-    return _TowerCost(depth, rows, flops / depth * rows, block_seconds, end_seconds, size * rows)
+    scale = rows / len(hidden)
+    block_seconds = (middle - start) / max(1, depth - 1) * scale
+    end_seconds = max(0.0, (end - middle) * scale - block_seconds)
+    return _TowerCost(depth, flops / depth * rows, block_seconds, end_seconds, size * rows)
 
 
 def _probe_loss(
