@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -128,27 +128,6 @@ class Tower(ABC):
         """Run one block: from the input of block `level` to the input of the next."""
         output = self.blocks[level](hidden, *entry.args, **entry.kwargs)
         return output[0] if isinstance(output, tuple) else output
-
-    def last_step(self, entry: TowerInput, hidden: Tensor, norm: nn.Module, read: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run the last block for the one token that is read: all attend, but the MLP sees that token alone.
-
-        Only for a block that adds its MLP's output to its input: there the one row is added to every token, so that
-        the token that is read comes out right and the others do not. The block's own forward runs.
-
-        Args:
-            entry: What the tower was entered with.
-            hidden: Input of the last block, (batch, tokens, width).
-            norm: The block's norm before its MLP.
-            read: (batch, tokens, width) -> (batch, 1, width): the token that is read.
-
-        Returns:
-            That token of the block's output, (batch, 1, width).
-        """
-        handle = norm.register_forward_pre_hook(lambda _, args: (read(args[0]), *args[1:]))
-        try:
-            return read(self.step(entry, len(self.blocks) - 1, hidden))
-        finally:
-            handle.remove()
 
     def features(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Features of some inputs, through every block."""

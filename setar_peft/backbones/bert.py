@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from setar_peft.backbones.attention import attended_by_first
 from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.classifier import ClassifierBackbone
 
@@ -33,17 +34,17 @@ class BertTower(Tower):
         return self.model.base_model(**inputs)
 
     def context(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Which tokens behind the first are no padding, (texts, tokens - 1), bool."""
-        return inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))[:, 1:].bool()
+        """Which tokens are no padding, (texts, tokens), bool."""
+        return inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
         """The first token, (texts, d), the others past the last block's attention, (texts, tokens - 1, d), and mask."""
-        block, dense = self.blocks[-1], self.head[self._dense]
-        tokens = hidden[:, 1:]
-        tokens = block.attention.output(block.attention.self.value(tokens), tokens)
-        first = self.step(entry, len(self.blocks) - 1, hidden)[:, 0]
-        tokens = block.output(block.intermediate(tokens), tokens)
-        return dense(first).tanh(), dense(tokens).tanh(), entry.context.to(hidden.device)
+        block, attention, mask = self.blocks[-1], self.blocks[-1].attention.self, entry.context.to(hidden.device)
+        projections = (attention.query, attention.key, attention.value)
+        attended = attended_by_first(hidden, projections, attention.attention_head_size, attention.scaling, mask=mask)
+        tokens = block.attention.output(attended, hidden)
+        tokens = self.head[self._dense](block.output(block.intermediate(tokens), tokens)).tanh()
+        return tokens[:, 0], tokens[:, 1:], mask[:, 1:]
 
 
 class BertBackbone(ClassifierBackbone):
@@ -68,6 +69,11 @@ class BertBackbone(ClassifierBackbone):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        if self.model.config.is_decoder:
+            raise ValueError(
+                f"This {type(model).__name__} is a decoder (config.is_decoder), whose first token sees no other. Load it "
+                "with is_decoder=False."
+            )
         self.towers = {"text": BertTower(model, self.dense)}
 
     @property

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from setar_peft.backbones.attention import attend, attended_by_first
 from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
 from setar_peft.losses import ClassWeights
 
@@ -27,8 +27,11 @@ class _VisionTower(Tower):
         del entry
         # The patches take the last block's value path instead of its attention, then its MLP (Miyai et al., 2023b);
         # so only the pooled token attends, and both go through the MLP together.
-        tokens = attended_by_first(self.blocks[-1], hidden)
-        tokens = tokens + self.blocks[-1].mlp(self.blocks[-1].layer_norm2(tokens))
+        block, attention = self.blocks[-1], self.blocks[-1].self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        attended = attended_by_first(block.layer_norm1(hidden), projections, attention.head_dim, attention.scale)
+        tokens = hidden + attention.out_proj(attended)
+        tokens = tokens + block.mlp(block.layer_norm2(tokens))
         tokens = self._project(tokens)
         return tokens[:, 0], tokens[:, 1:]
 
@@ -46,39 +49,37 @@ class _TextTower(Tower):
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
         return self.model.text_model(**inputs)
 
-    def context(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Position of the end-of-text token of each prompt, (prompts,)."""
+    def context(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Position of each prompt's end-of-text token, (prompts,), and what it attends to, (prompts, tokens), bool."""
         ids = inputs["input_ids"]
         end = self.model.config.text_config.eos_token_id
         # Checkpoints from before transformers' PR 24773 carry the id 2 and mean the largest token id.
-        return ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
+        ends = ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
+        seen = torch.arange(ids.shape[1], device=ids.device) <= ends[:, None]
+        return ends, seen & inputs["attention_mask"].bool() if "attention_mask" in inputs else seen
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
-        rows, ends = torch.arange(len(hidden), device=hidden.device), entry.context.to(hidden.device)
-        norm = self.blocks[-1].layer_norm2
-        pooled = self.last_step(entry, hidden, norm, lambda tokens: tokens[rows, ends][:, None])[:, 0]
+        ends, seen = (part.to(hidden.device) for part in entry.context)
+        pooled = last_block_at(self.blocks[-1], hidden, ends, seen)
         return (self.model.text_projection(self.model.text_model.final_layer_norm(pooled)),)
 
 
-def attended_by_first(block: Any, hidden: Tensor) -> Tensor:
-    """The first token past a block's attention, and the others, (batch, tokens, width), each attending to itself alone.
+def last_block_at(block: Any, hidden: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
+    """One token a row past a block, (batch, width): it alone attends and goes through the MLP.
 
     Args:
-        block: A block with `layer_norm1` and `self_attn`.
+        block: A block with `layer_norm1`, `self_attn`, `layer_norm2` and `mlp`.
         hidden: Its input, (batch, tokens, width).
+        positions: Where the token is that is read, (batch,).
+        seen: What that token attends to, (batch, tokens), bool; by default everything.
     """
-    attention = block.self_attn
+    attention, rows = block.self_attn, torch.arange(len(hidden), device=hidden.device)
     normed = block.layer_norm1(hidden)
-    values, keys = attention.v_proj(normed), attention.k_proj(normed)
-    # Contiguous: on a strided input the same product may be summed in another order once the weights are frozen.
-    query = attention.q_proj(normed[:, :1].contiguous())
-
-    def by_head(tensor: Tensor) -> Tensor:
-        return tensor.view(*tensor.shape[:-1], attention.num_heads, attention.head_dim).transpose(1, 2)
-
-    first = F.scaled_dot_product_attention(by_head(query), by_head(keys), by_head(values), scale=attention.scale)
-    first = first.transpose(1, 2).flatten(-2)
-    return hidden + attention.out_proj(torch.cat([first, values[:, 1:]], dim=1))
+    keys, values = attention.k_proj(normed), attention.v_proj(normed)
+    query = attention.q_proj(normed[rows, positions][:, None])
+    attended = attend(query, keys, values, attention.head_dim, attention.scale, seen)
+    token = hidden[rows, positions] + attention.out_proj(attended)[:, 0]
+    return token + block.mlp(block.layer_norm2(token))
 
 
 class CLIPBackbone(Backbone):

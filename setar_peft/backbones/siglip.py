@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setar_peft.backbones.base import Tower, TowerInput
-from setar_peft.backbones.clip import CLIPBackbone
+from setar_peft.backbones.clip import CLIPBackbone, last_block_at
 from setar_peft.losses import ClassWeights
 
 
@@ -65,10 +66,15 @@ class _TextTower(Tower):
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
         return self.model.text_model(**inputs)
 
+    def context(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Which tokens are attended to, (prompts, tokens); None for all."""
+        return inputs.get("attention_mask")
+
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
         # The last token is read, be it padding: SigLIP was trained on prompts padded to full length.
-        norm = self.blocks[-1].layer_norm2
-        pooled = self.last_step(entry, hidden, norm, lambda tokens: tokens[:, -1:])[:, 0]
+        last = torch.full((len(hidden),), hidden.shape[1] - 1, device=hidden.device)
+        mask = entry.context
+        pooled = last_block_at(self.blocks[-1], hidden, last, None if mask is None else mask.to(hidden.device).bool())
         return (self.model.text_model.head(self.model.text_model.final_layer_norm(pooled)),)
 
 

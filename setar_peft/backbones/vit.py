@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from setar_peft.backbones.attention import attended_by_first
 from setar_peft.backbones.base import Tower, TowerInput, check_images
 from setar_peft.backbones.classifier import ClassifierBackbone
 
@@ -33,16 +34,14 @@ class ViTTower(Tower):
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
         """The class token, (images, d), and the patches past the last block's attention, (images, patches, d)."""
-        block = self.blocks[-1]
-        patches = hidden[:, self.special_tokens :]
-        patches = patches + block.attention.o_proj(block.attention.v_proj(block.layernorm_before(patches)))
-        if self.special_tokens == 1:
-            special = self.last_step(entry, hidden, block.layernorm_after, lambda tokens: tokens[:, :1])
-        else:
-            special = self.step(entry, len(self.blocks) - 1, hidden)[:, : self.special_tokens]
-        patches = patches + block.mlp(block.layernorm_after(patches))
-        norm = self.model.base_model.layernorm
-        return self.pooled(norm(special)), norm(patches)
+        del entry
+        block, attention, first = self.blocks[-1], self.blocks[-1].attention, self.special_tokens
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        normed = block.layernorm_before(hidden)
+        attended = attended_by_first(normed, projections, attention.head_dim, attention.scaling, first=first)
+        tokens = hidden + attention.o_proj(attended)
+        tokens = self.model.base_model.layernorm(tokens + block.mlp(block.layernorm_after(tokens)))
+        return self.pooled(tokens[:, :first]), tokens[:, first:]
 
     def pooled(self, special: Tensor) -> Tensor:
         """What the classifier reads, (images, d), of the special tokens (images, special tokens, d)."""

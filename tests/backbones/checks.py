@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -97,6 +98,8 @@ def stays_within_the_bound(model: Any, objective: Objective, heads: int = 0) -> 
 
 def adapter_has_the_searched_loss(model: Any, objective: Objective) -> None:
     """The adapter made by the search has the loss that the search promised, the base beneath it its own."""
+    # PEFT freezes the base, and for strided inputs torch multiplies with frozen weights by another kernel.
+    model.requires_grad_(False)
     base = objective.losses(model).total
     promised = search_rank_ratios(model, objective, SeTARConfig(candidate_ratios=CANDIDATES), progress=False)
     adapted = get_peft_model(model, promised.config)
@@ -104,6 +107,20 @@ def adapter_has_the_searched_loss(model: Any, objective: Objective) -> None:
     assert promised.trace.rows[-1].total_loss < base
     with adapted.disable_adapter():
         assert objective.losses(adapted).total == base
+
+
+@torch.no_grad()
+def tokens_in_the_last_block(model: Any, tower: str, run: Callable[[], Any]) -> dict[str, list[int]]:
+    """How many tokens of each row go through the linear layers of a tower's last block, by weight type."""
+    backbone = backbone_of(model)
+    block = backbone.towers[tower].blocks[-1]
+    tokens: dict[str, list[int]] = {weight_type: [] for weight_type in backbone.weight_names}
+    for weight_type, name in backbone.weight_names.items():
+        block.get_submodule(name).register_forward_hook(
+            lambda *call, weight_type=weight_type: tokens[weight_type].append(call[1][0][..., 0].numel())
+        )
+    rows = len(run())
+    return {weight_type: [count // rows for count in counts] for weight_type, counts in tokens.items()}
 
 
 def weights_are_where_they_should_be(model: Any) -> None:

@@ -119,6 +119,12 @@ def test_the_padding_mask_can_fail(tiny: Any, tokens: dict[str, Tensor], monkeyp
     assert objective.losses(tiny).ood_patch_share != pytest.approx(masked.ood_patch_share, abs=1e-3)
 
 
+def test_the_last_block_computes_only_what_is_read(tiny: Any, tokens: dict[str, Tensor]) -> None:
+    """One query attends, and every token goes through the MLP once."""
+    tokens_of = checks.tokens_in_the_last_block(tiny, "text", lambda: checks.features_of(tiny, tokens).pooled)
+    assert tokens_of == {"W_q": [1], "W_k": [9], "W_v": [9], "W_o": [9], "W_up": [9], "W_down": [9]}
+
+
 def test_search(tiny: Any) -> None:
     assert default_target_modules(tiny.config.model_type) == {"intermediate.dense"}
     checks.weights_are_where_they_should_be(tiny)
@@ -163,3 +169,9 @@ def test_what_is_missing_is_said(tokens: dict[str, Tensor]) -> None:
     table = datasets.Dataset.from_dict({"sentence": TEXTS})
     with pytest.raises(ValueError, match=r"columns sentence, but no text, label; say with text_column"):
         LoCoOpObjective(checks.WordTokenizer(), checks.CLASSES, table, text_column="text", top_k=2)
+
+
+def test_decoders_are_refused() -> None:
+    model = BertForSequenceClassification(BertConfig(**SHAPE, is_decoder=True))
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification is a decoder.*is_decoder=False"):
+        backbone_of(model)

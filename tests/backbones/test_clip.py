@@ -185,23 +185,10 @@ def test_the_real_tokenizer_ends_prompts_where_the_model_reads_them(load_clip: C
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_last_block_computes_only_what_is_read(load_clip: Callable[..., CLIPModel]) -> None:
-    """In the vision tower one query attends, and every token goes through the MLP once."""
-    model = load_clip()
-    rows: dict[str, list[int]] = {"q_proj": [], "k_proj": [], "v_proj": [], "out_proj": [], "fc1": []}
-    block = model.vision_model.encoder.layers[-1]
-    for name, module in block.named_modules():
-        if (last := name.rpartition(".")[2]) in rows:
-            module.register_forward_hook(lambda *call, last=last: rows[last].append(call[1][0].shape[1]))
-    backbone_of(model).image_features(torch.zeros(2, 3, 32, 32))
-    assert rows == {"q_proj": [1], "k_proj": [17], "v_proj": [17], "out_proj": [17], "fc1": [17]}
-
-
-def test_the_last_text_blocks_mlp_sees_the_end_token_alone(
-    load_clip: Callable[..., CLIPModel], golden_clip: dict[str, Tensor]
-) -> None:
-    model = load_clip()
-    rows: list[int] = []
-    model.text_model.encoder.layers[-1].mlp.register_forward_hook(lambda *call: rows.append(call[1][0].shape[1]))
-    backbone_of(model).text_features({"input_ids": golden_clip["input_ids"]})
-    assert rows == [1]
+def test_the_last_block_computes_only_what_is_read(tiny: Any, tokens: dict[str, Tensor]) -> None:
+    """In the vision tower one query attends, and every token goes through the MLP once; of a prompt its end is read."""
+    images = checks.random_images(2, 3, 48, 48)
+    vision = checks.tokens_in_the_last_block(tiny, "vision", lambda: checks.features_of(tiny, images).pooled)
+    assert vision == {"W_q": [1], "W_k": [10], "W_v": [10], "W_o": [10], "W_up": [10], "W_down": [10]}
+    text = checks.tokens_in_the_last_block(tiny, "text", lambda: backbone_of(tiny).text_features(tokens))
+    assert text == {"W_q": [1], "W_k": [5], "W_v": [5], "W_o": [1], "W_up": [1], "W_down": [1]}

@@ -46,6 +46,14 @@ def test_logits_are_the_models_own_and_local_ones_go_past_the_attention(tiny: An
     assert logits.local.shape == (3, 16, len(checks.CLASSES))
 
 
+def test_the_last_block_computes_only_what_is_read(tiny: Any) -> None:
+    """Both special tokens attend, and every token goes through the MLP once."""
+    tokens_of = checks.tokens_in_the_last_block(
+        tiny, "vision", lambda: checks.features_of(tiny, checks.random_images(2, 3, 32, 32)).pooled
+    )
+    assert tokens_of == {"W_q": [2], "W_k": [18], "W_v": [18], "W_o": [18], "W_up": [18], "W_down": [18]}
+
+
 def test_search(tiny: Any) -> None:
     assert default_target_modules("deit") == {"mlp.fc1"}
     checks.weights_are_where_they_should_be(tiny)

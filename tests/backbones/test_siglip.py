@@ -97,6 +97,12 @@ def test_padded_patches_count_for_nothing(tiny2: Any) -> None:
     assert 0 < losses.ood_patch_share < 1
 
 
+def test_the_last_block_computes_only_what_is_read(tiny: Any, tokens: dict[str, Tensor]) -> None:
+    """Of a prompt its last token is read."""
+    tokens_of = checks.tokens_in_the_last_block(tiny, "text", lambda: backbone_of(tiny).text_features(tokens))
+    assert tokens_of == {"W_q": [1], "W_k": [12], "W_v": [12], "W_o": [1], "W_up": [1], "W_down": [1]}
+
+
 def test_prompts_are_padded_to_full_length(tiny: Any) -> None:
     """SigLIP reads the last token, so the padding is part of what it was trained on."""
     objective = checks.make_objective(checks.random_images(12, 3, 32, 32), checks.WordTokenizer(with_mask=False))

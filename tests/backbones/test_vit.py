@@ -46,6 +46,14 @@ def test_logits_are_the_models_own_and_local_ones_go_past_the_attention(tiny: An
     assert logits.mask is None
 
 
+def test_the_last_block_computes_only_what_is_read(tiny: Any) -> None:
+    """One query attends, and every token goes through the MLP once."""
+    tokens_of = checks.tokens_in_the_last_block(
+        tiny, "vision", lambda: checks.features_of(tiny, checks.random_images(2, 3, 32, 32)).pooled
+    )
+    assert tokens_of == {"W_q": [1], "W_k": [17], "W_v": [17], "W_o": [17], "W_up": [17], "W_down": [17]}
+
+
 def test_search(tiny: Any) -> None:
     assert default_target_modules("vit") == {"mlp.fc1"}
     checks.weights_are_where_they_should_be(tiny)
