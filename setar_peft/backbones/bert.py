@@ -71,8 +71,8 @@ class BertBackbone(ClassifierBackbone):
         super().__init__(model)
         if self.model.config.is_decoder:
             raise ValueError(
-                f"This {type(model).__name__} is a decoder (config.is_decoder), whose first token sees no other. Load it "
-                "with is_decoder=False."
+                f"This {type(model).__name__} is a decoder (config.is_decoder), whose first token sees no other. Load "
+                "it with is_decoder=False."
             )
         self.towers = {"text": BertTower(model, self.dense)}
 
