@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from setar_peft.backbones import Backbone, Tower, named_inputs
-from setar_peft.objective import Objective
+from setar_peft.backbones import Backbone, named_inputs
+from setar_peft.decomposition import residual_rank
+from setar_peft.losses import ClassWeights
+from setar_peft.objective import Objective, encoded_classes
 from setar_peft.search.layers import SearchPlan, plan_search
+from setar_peft.search.memory import PeakMemory
+from setar_peft.search.passes import block_passes
+from setar_peft.search.prefix import SharedPrefix
 from setar_peft.search.recording import MemoryBudget
 from setar_peft.search.untouched import left_as_it_was
 from setar_peft.tuner.config import SeTARConfig
@@ -31,9 +36,11 @@ class CostEstimate:
         evaluations: Candidates evaluated.
         block_passes: Passes of the whole set through one block, by tower.
         flops: Floating-point operations of those passes and of the towers' ends.
-        recorded_bytes: Hidden states that the recordings would hold with room for all of them.
-        kept_bytes: Hidden states that they will hold within `recording_memory`; the rest is computed again.
-        weight_bytes: Truncated weights held at once.
+        recorded_bytes: Hidden states and features that the recordings would hold with room for all of them.
+        kept_bytes: Those that they will hold in memory, within `recording_memory`; the rest is computed again.
+        disk_bytes: Hidden states that stand for the images and go to a temporary file, where there is no room.
+        weight_bytes: Decompositions, truncated weights and removed components held at once.
+        activation_bytes: What one batch takes on its way through the towers and the loss.
         seconds: Predicted time on this machine.
     """
 
@@ -45,8 +52,15 @@ class CostEstimate:
     flops: float
     recorded_bytes: int
     kept_bytes: int
+    disk_bytes: int
     weight_bytes: int
+    activation_bytes: int
     seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that the tensors of a search take above the model's, on the device and the host together."""
+        return self.kept_bytes + self.weight_bytes + self.activation_bytes
 
     def table(self) -> str:
         """The estimate as lines of text."""
@@ -59,15 +73,15 @@ class CostEstimate:
             "block passes": passes,
             "operations": f"{self.flops:.3g} FLOP",
             "recordings": f"{_size(self.kept_bytes)} of {_size(self.recorded_bytes)} kept",
-            "weights": f"{_size(self.weight_bytes)} at once",
+            "memory": f"at most {_size(self.peak_bytes)} above the model's",
             "time": f"about {_duration(self.seconds)}",
         }
         width = max(map(len, lines))
         return "\n".join(f"{name:>{width}}  {value}" for name, value in lines.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+        """The fields by name, and the peak of memory."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
 
 
 def estimate_cost(model: nn.Module, objective: Objective, config: SeTARConfig | None = None) -> CostEstimate:
@@ -93,92 +107,137 @@ def estimate_cost(model: nn.Module, objective: Objective, config: SeTARConfig | 
 
 @dataclass(frozen=True)
 class _TowerCost:
+    """What one pass of all rows costs, and what is kept of them; the activations are those of a single batch."""
+
     depth: int
     block_flops: float
     block_seconds: float
     end_seconds: float
     level_bytes: int
+    feature_bytes: int
+    activation_bytes: int
 
 
 def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config: SeTARConfig) -> CostEstimate:
     device = next(backbone.model.parameters()).device
     batches = [(named_inputs(inputs), labels) for inputs, labels in islice(objective.batches(), 2)]
     images = len(objective) if hasattr(objective, "__len__") else sum(len(labels) for _, labels in objective.batches())
-    probes = {backbone.input_tower: ([_on(device, inputs) for inputs, _ in batches], images)}
-    classes = 0
+    costs = {
+        backbone.input_tower: _probe(backbone, plan, backbone.input_tower, [batch for batch, _ in batches], images)
+    }
     if backbone.needs_prompts:
-        tokens = _on(device, objective.prompt_tokens(backbone))
-        classes = len(tokens["input_ids"])
-        probes["text"] = ([tokens, tokens], classes)
-    costs = {name: _probe(backbone.towers[name], *probe) for name, probe in probes.items()}
-    loss_seconds, classes = _probe_loss(backbone, objective, batches[-1], probes, images)
+        tokens = objective.prompt_tokens(backbone)
+        batch = {name: value[: objective.prompt_batch_size] for name, value in tokens.items()}
+        costs["text"] = _probe(backbone, plan, "text", [batch, batch], len(tokens["input_ids"]))
+    loss_seconds, loss_bytes, class_weights = _probe_loss(backbone, objective, batches[-1], images)
 
-    passes = {name: 2 * cost.depth for name, cost in costs.items()}
-    evaluations = 0
-    for index, step in enumerate(plan.steps):
-        competing = step if len(step) == 1 else step[: len(step) - index]
-        for layer in competing:
-            count = len(plan.candidates[layer]) * plan.passes
-            evaluations += count
-            passes[plan.locations[layer].tower] += plan.passes_of(layer) * count
+    passes = block_passes(plan, {name: cost.depth for name, cost in costs.items()})
     flops = sum(costs[name].block_flops * count for name, count in passes.items())
-    seconds = sum(costs[name].block_seconds * count for name, count in passes.items()) + evaluations * loss_seconds
-    seconds += sum(
+    seconds = sum(costs[name].block_seconds * count for name, count in passes.items())
+    seconds += plan.evaluations() * loss_seconds + sum(
         costs[plan.locations[layer].tower].end_seconds * len(plan.candidates[layer]) * plan.passes
         for layer in plan.locations
     )
-    recorded = sum(cost.level_bytes * cost.depth for cost in costs.values())
+    room = int(min(MemoryBudget(device, config.recording_memory).left, 2**62))
+    recorded = sum(cost.level_bytes * cost.depth + cost.feature_bytes for cost in costs.values())
     entries = sum(cost.level_bytes for cost in costs.values())
-    room = MemoryBudget(device, config.recording_memory).left
-    weights = max(
-        weight.numel() * weight.element_size() * len(plan.candidates[layer])
-        for layer in plan.locations
-        for weight in [backbone.model.get_submodule(layer).weight]
-    )
-    kept = int(max(entries, min(recorded, room)))
+    most = max(map(len, plan.candidates.values()))
+    if backbone.needs_prompts:  # the candidates' class weights, as they come out of the tower and in float32
+        loss_bytes += most * (costs["text"].feature_bytes + _bytes([class_weights.weight]))
     return CostEstimate(
-        images, classes, len(plan.locations), evaluations, passes, flops, recorded, kept, weights, seconds
+        images,
+        len(class_weights.weight),
+        len(plan.locations),
+        plan.evaluations(),
+        passes,
+        flops,
+        recorded,
+        min(recorded, room),
+        max(0, entries - room),
+        _weight_bytes(plan, backbone.model),
+        max(cost.activation_bytes for cost in costs.values()) + loss_bytes,
+        seconds,
     )
+
+
+def _weight_bytes(plan: SearchPlan, model: nn.Module) -> int:
+    """Of one layer its decomposition and every candidate; of every layer what was chosen, with what that removes."""
+    chosen, evaluated, decompositions = 0, 0, 0
+    for layer, ratios in plan.candidates.items():
+        weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
+        (m, n), exact = weight.shape, max(4, weight.element_size())
+        rank = min(m, n)
+        decomposition = (m + n) * rank * exact
+        removed = residual_rank((m, n), max(ratios))
+        chosen += m * n * weight.element_size() + (m + n) * removed * exact
+        # While a candidate's kept part is formed, its factors are copied, the left one once more.
+        evaluated = max(evaluated, decomposition + (len(ratios) * m * n + (2 * m + n) * rank) * exact)
+        decompositions += decomposition
+    return chosen + evaluated + (decompositions if plan.comes_back else 0)
 
 
 def _on(device: torch.device, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in inputs.items()}
 
 
-def _probe(tower: Tower, batches: list[dict[str, Tensor]], rows: int) -> _TowerCost:
-    """Operations and seconds of one pass of all rows through one block, from two batches."""
-    for batch in batches:  # the first warms up, the last is what is measured
-        entry = tower.enter(batch)
-        hidden, start = entry.hidden, _now(entry.hidden)
-        size = hidden.numel() * hidden.element_size() // len(hidden)
-        for level in range(len(tower.blocks) - 1):
-            hidden = tower.step(entry, level, hidden)
-        middle = _now(hidden)
-        tower.finish(entry, hidden)
-        end = _now(hidden)
+def _probe(
+    backbone: Backbone, plan: SearchPlan, name: str, batches: list[Mapping[str, Tensor]], rows: int
+) -> _TowerCost:
+    """The cost of a tower from two batches: the first warms up and shows the memory, the last is timed."""
+    tower, device = backbone.towers[name], next(backbone.model.parameters()).device
+    searched = {at.level: layer for layer, at in plan.locations.items() if at.tower == name}
+    shared = 0
+    with PeakMemory() as memory:
+        entry = tower.enter(_on(device, batches[0]))
+        hidden = entry.hidden
+        for level in range(len(tower.blocks)):
+            prefix = SharedPrefix([], tower.blocks[level])
+            if level in searched:
+                prefix = SharedPrefix(tower.modules_at(level), backbone.model.get_submodule(searched[level]))
+            with prefix.record():
+                if level < len(tower.blocks) - 1:
+                    hidden = tower.step(entry, level, hidden)
+                else:
+                    features = tower.finish(entry, hidden)
+            shared = max(shared, prefix.size)
+    entry = tower.enter(_on(device, batches[-1]))
+    hidden, start = entry.hidden, _now(entry.hidden)
+    for level in range(len(tower.blocks) - 1):
+        hidden = tower.step(entry, level, hidden)
+    middle = _now(hidden)
+    tower.finish(entry, hidden)
+    end = _now(hidden)
     with FlopCounterMode(display=False) as counter:
-        tower.features({name: value[:1] for name, value in batches[-1].items()})
-    flops = counter.get_total_flops()
+        tower.features({name: value[:1] for name, value in _on(device, batches[-1]).items()})
     depth = len(tower.blocks)
-    scale = rows / len(hidden)
-    block_seconds = (middle - start) / max(1, depth - 1) * scale
-    end_seconds = max(0.0, (end - middle) * scale - block_seconds)
-    return _TowerCost(depth, flops / depth * rows, block_seconds, end_seconds, size * rows)
+    block_seconds = (middle - start) / max(1, depth - 1) * rows / len(hidden)
+    return _TowerCost(
+        depth,
+        counter.get_total_flops() / depth * rows,
+        block_seconds,
+        max(0.0, (end - middle) * rows / len(hidden) - block_seconds),
+        _bytes([entry.hidden]) * rows // len(hidden),
+        _bytes(features) * rows // len(features[0]),
+        memory.peak + shared + _bytes(batches[0].values()),
+    )
 
 
-def _probe_loss(
-    backbone: Backbone, objective: Objective, batch: Any, probes: Mapping[str, Any], images: int
-) -> tuple[float, int]:
-    """Seconds that the loss of all images takes on top of the towers, and the number of classes."""
+def _probe_loss(backbone: Backbone, objective: Objective, batch: Any, images: int) -> tuple[float, int, ClassWeights]:
+    """Seconds and bytes that the loss of all images takes on top of the towers, and the class weights."""
     inputs, labels = batch
     device = next(backbone.model.parameters()).device
-    text = backbone.text_features(probes["text"][0][0]) if "text" in probes and backbone.needs_prompts else None
-    classes = backbone.class_weights(text)
-    features = backbone.embedded(backbone.image_features(_on(device, inputs)))
-    objective.sums(features, classes, labels.to(device))
-    start = _now(features.pooled)
-    objective.sums(features, classes, labels.to(device))
-    return (_now(features.pooled) - start) / len(labels) * images, len(classes.weight)
+    classes = encoded_classes(backbone, objective.prompt_tokens, objective.prompt_batch_size, device)
+    features, labels = backbone.image_features(_on(device, inputs)), labels.to(device)
+    with PeakMemory() as memory:
+        embedded = backbone.embedded(features)
+        objective.sums(embedded, classes, labels)
+    start = _now(embedded.pooled)
+    objective.sums(embedded, classes, labels)
+    return (_now(embedded.pooled) - start) / len(labels) * images, memory.peak, classes
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _now(tensor: Tensor) -> float:

@@ -150,7 +150,6 @@ class ReplayEvaluator(Evaluator):
         self._prompts = None
         if backbone.needs_prompts:
             self._prompts = self._record("text", self._prompt_inputs())
-        self._image_features: list[ImageFeatures] | None = None
         self._class_weights: ClassWeights | None = None
         self.data_fingerprint = SetFingerprint.combined(self._processes.gathered(self._data.value))
         self.batch_size = max((len(labels) for labels in self._labels), default=1)
@@ -177,7 +176,6 @@ class ReplayEvaluator(Evaluator):
         location = self._backbone.locate(layer)
         if location.tower == self._backbone.input_tower:
             self._images.forget_above(location.level)
-            self._image_features = None
         else:
             assert self._prompts is not None
             self._prompts.forget_above(location.level)
@@ -186,8 +184,6 @@ class ReplayEvaluator(Evaluator):
     def _image_sums(
         self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress
     ) -> Tensor:
-        # Only the candidates' features are read now; keeping the present ones would cost their memory for nothing.
-        self._image_features = None
         classes = self._classes()
         sums = self._zeros(len(ratios))
         for batch, labels in enumerate(self._labels):
@@ -226,19 +222,18 @@ class ReplayEvaluator(Evaluator):
         prefix = SharedPrefix(tower.modules_at(level), weight.module)
         for index, matrix in enumerate(matrices):
             with weight.holding(matrix), prefix.record() if index == 0 else prefix.replay():
-                outputs = _forward_from(tower, recording.entry(batch), level, hidden)
+                outputs = _features_from(tower, recording.entry(batch), level, hidden)
             yield outputs
 
-    def _features(self) -> list[ImageFeatures]:
-        if self._image_features is None:
-            self._image_features = [self._embedded(outputs) for outputs in _all_features(self._images)]
-        return self._image_features
+    def _features(self) -> Iterator[ImageFeatures]:
+        for batch in range(len(self._images)):
+            yield self._embedded(self._images.features(batch))
 
     def _classes(self) -> ClassWeights:
         if self._class_weights is None:
             text = None
             if self._prompts is not None:
-                text = torch.cat([outputs[0] for outputs in _all_features(self._prompts)])
+                text = torch.cat([self._prompts.features(batch)[0] for batch in range(len(self._prompts))])
             self._class_weights = self._backbone.class_weights(text)
         return self._class_weights
 
@@ -273,15 +268,8 @@ class ReplayEvaluator(Evaluator):
             yield {key: value[start : start + size] for key, value in tokens.items()}
 
 
-def _forward_from(tower: Tower, entry: TowerInput, level: int, hidden: Tensor) -> tuple[Tensor, ...]:
+def _features_from(tower: Tower, entry: TowerInput, level: int, hidden: Tensor) -> tuple[Tensor, ...]:
     """The tower's features from the input of block `level` (of the last block, for a level above it)."""
     for current in range(level, len(tower.blocks) - 1):
         hidden = tower.step(entry, current, hidden)
     return tower.finish(entry, hidden)
-
-
-def _all_features(recording: Recording) -> Iterator[tuple[Tensor, ...]]:
-    tower = recording.tower
-    for batch in range(len(recording)):
-        hidden = recording.input_at(batch, len(tower.blocks) - 1)
-        yield tower.finish(recording.entry(batch), hidden)

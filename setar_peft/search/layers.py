@@ -47,6 +47,14 @@ class SearchPlan:
         location = self.locations[layer]
         return max(1, len(self.backbone.towers[location.tower].blocks) - location.level)
 
+    def evaluations(self) -> int:
+        """Candidates of the whole search at most; of layers that compete, those with the fewest are decided first."""
+        count = 0
+        for index, step in enumerate(self.steps):
+            left = len(step) - index if len(step) > 1 else 1
+            count += sum(sorted((len(self.candidates[layer]) for layer in step), reverse=True)[:left])
+        return count * self.passes
+
     def work(self) -> float:
         """Block passes of the whole search at most, in one tower or the other."""
         work = 0.0

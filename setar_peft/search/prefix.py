@@ -33,6 +33,11 @@ class SharedPrefix:
         self._recorded: _Outputs | None = None
         self._versions: list[tuple[torch.Tensor, int]] = []
 
+    @property
+    def size(self) -> int:
+        """Bytes of the recorded outputs."""
+        return sum(tensor.numel() * tensor.element_size() for tensor, _ in self._versions)
+
     @contextmanager
     def record(self) -> Iterator[None]:
         """Watch one forward pass."""

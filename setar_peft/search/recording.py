@@ -1,8 +1,12 @@
-"""Recorded hidden states of one tower, within a budget of memory."""
+"""What is recorded of one tower, within a budget of memory: its blocks' inputs and its features."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import IO, NamedTuple
 
 import psutil
 import torch
@@ -13,8 +17,24 @@ from setar_peft.backbones import Tower, TowerInput
 _SHARE_OF_FREE_MEMORY = 0.5
 
 
+class Kept(NamedTuple):
+    """A tensor that a `MemoryBudget` keeps.
+
+    Attributes:
+        load: `device -> tensor`, as it was.
+        place: Where it is: the device's type, "cpu" or "disk".
+        size: Bytes.
+    """
+
+    load: Callable[[torch.device], Tensor]
+    place: str
+    size: int
+
+
 class MemoryBudget:
     """Bytes that recordings may take: on the device first, then in pinned host memory.
+
+    What has to be kept whatever it takes goes to a temporary file once the budget is used up.
 
     Args:
         device: Where the model computes.
@@ -24,6 +44,7 @@ class MemoryBudget:
 
     def __init__(self, device: torch.device, gibibytes: float | None = None) -> None:
         self._left: dict[str, float] = {}
+        self._file: IO[bytes] | None = None
         total = float("inf") if gibibytes is None else gibibytes * 2**30
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -36,42 +57,75 @@ class MemoryBudget:
         """Bytes that are still free in the budget."""
         return sum(self._left.values())
 
-    def place(self, tensor: Tensor, *, whatever_it_takes: bool = False) -> Tensor | None:
-        """Keep a tensor where the budget has room for it: as it is, or as a copy on the host.
+    def keep(self, tensor: Tensor, *, whatever_it_takes: bool = False) -> Kept | None:
+        """Keep a tensor where the budget has room for it.
 
         Args:
-            tensor: A hidden state on the model's device.
-            whatever_it_takes: Keep it on the host even where there is no room.
+            tensor: A tensor on the model's device.
+            whatever_it_takes: Keep it on disk where there is no room.
 
         Returns:
-            The tensor to keep, or None if there is no room.
+            The tensor as it is kept, or None if there is no room.
+
+        Raises:
+            OSError: If it has to go to the disk and that is full.
         """
         size = tensor.numel() * tensor.element_size()
         for place, left in self._left.items():
-            if size <= left or (whatever_it_takes and place == "cpu"):
+            if size <= left:
                 self._left[place] -= size
-                if place == tensor.device.type:
-                    return tensor
-                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-        return None
+                return Kept(_in_memory(tensor, place), place, size)
+        return self._on_disk(tensor, size) if whatever_it_takes else None
 
-    def release(self, tensor: Tensor) -> None:
+    def release(self, kept: Kept) -> None:
         """Give the bytes of a kept tensor back."""
-        self._left[tensor.device.type] += tensor.numel() * tensor.element_size()
+        if kept.place in self._left:
+            self._left[kept.place] += kept.size
+
+    def _on_disk(self, tensor: Tensor, size: int) -> Kept:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="setar_peft-")  # noqa: SIM115 - gone with the budget
+            weakref.finalize(self, self._file.close)
+        file, shape, dtype = self._file, tensor.shape, tensor.dtype
+        start = file.seek(0, os.SEEK_END)
+        try:
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Recordings beyond recording_memory go to {tempfile.gettempdir()}, where {size} bytes could not be "
+                f"written ({error.strerror}). Raise recording_memory, or set TMPDIR to a folder with room.",
+            ) from error
+
+        def load(device: torch.device) -> Tensor:
+            content = torch.empty(size, dtype=torch.uint8)
+            file.seek(start)
+            file.readinto(content.numpy())  # type: ignore[attr-defined] # a binary file has it
+            return content.view(dtype).view(shape).to(device)
+
+        return Kept(load, "disk", size)
+
+
+def _in_memory(tensor: Tensor, place: str) -> Callable[[torch.device], Tensor]:
+    if place != tensor.device.type:
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return lambda device: tensor.to(device, non_blocking=True)
 
 
 class Recording:
-    """Inputs of a tower's blocks, batch by batch.
+    """What is recorded of a tower, batch by batch: inputs of its blocks, and the features that it ends in.
 
-    Level 0, what enters the first block, is always kept: it stands for the images, which are decoded once. Of the
-    levels above, as many are kept as the budget allows, from the one asked for downwards, since the default search
-    walks from the top down; the others are computed again from the nearest kept level below.
+    Level 0, what enters the first block, is always kept, on disk if need be: it stands for the images, which are
+    decoded once. Of the levels above, as many are kept as the budget allows, from the one asked for downwards, since
+    the default search walks from the top down; the others are computed again from the nearest kept level below. So are
+    the features where there is no room for them.
 
     Args:
         tower: The tower.
         batches: Its inputs.
         device: Where the model computes.
-        budget: Room for the hidden states.
+        budget: Room for all of it.
     """
 
     def __init__(
@@ -86,40 +140,60 @@ class Recording:
         self._budget = budget
         self._entries: list[TowerInput] = []
         # One dictionary a batch: level -> hidden state.
-        self._states: list[dict[int, Tensor]] = []
+        self._states: list[dict[int, Kept]] = []
+        self._features: dict[int, list[Kept]] = {}
+        nothing = torch.empty(0, device=device)
         for inputs in batches:
             entry = tower.enter({key: value.to(device) for key, value in inputs.items()})
-            kept = budget.place(entry.hidden, whatever_it_takes=True)
+            kept = budget.keep(entry.hidden, whatever_it_takes=True)
             assert kept is not None
-            entry.hidden = kept
+            entry.hidden = nothing
             self._entries.append(entry)
             self._states.append({0: kept})
-        size = sum(state.numel() * state.element_size() for states in self._states for state in states.values())
-        # Levels above 0 that every batch may keep, so that no batch lives at another's expense.
-        self._capacity = min(len(tower.blocks) - 1, max(0, int(budget.left // max(1, size))))
+        size = sum(kept.size for states in self._states for kept in states.values())
+        # Levels above 0 that every batch may keep, so that no batch lives at another's expense; and as much again is
+        # left for the features, unless there is room for everything.
+        top = len(tower.blocks) - 1
+        room = int(budget.left // max(1, size))
+        self._capacity = top if room > top else max(0, room - 1)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def entry(self, batch: int) -> TowerInput:
-        """What the tower was entered with."""
+        """What the tower was entered with, apart from the hidden states, which `input_at(batch, 0)` gives."""
         return self._entries[batch]
 
     def input_at(self, batch: int, level: int) -> Tensor:
         """Input of block `level` for a batch, on the device."""
         states = self._states[batch]
         start = max(known for known in states if known <= level)
-        hidden = states[start].to(self._device, non_blocking=True)
+        hidden = states[start].load(self._device)
         for below in range(start, level):
             hidden = self.tower.step(self._entries[batch], below, hidden)
             self._keep(batch, below + 1, level, hidden)
         return hidden
 
+    def features(self, batch: int) -> tuple[Tensor, ...]:
+        """The tower's features of a batch (see `Tower.finish`)."""
+        if batch in self._features:
+            return tuple(kept.load(self._device) for kept in self._features[batch])
+        features = self.tower.finish(self._entries[batch], self.input_at(batch, len(self.tower.blocks) - 1))
+        kept = [self._budget.keep(feature) for feature in features]
+        there = [feature for feature in kept if feature is not None]
+        if len(there) == len(kept):
+            self._features[batch] = there
+        else:
+            self._release(there)
+        return features
+
     def forget_above(self, level: int) -> None:
-        """Drop what depends on the weights of block `level`: the inputs of all blocks above it."""
+        """Drop what depends on the weights of block `level`: the inputs of all blocks above it, and the features."""
         for states in self._states:
-            for known in [known for known in states if known > level]:
-                self._budget.release(states.pop(known))
+            self._release(states.pop(known) for known in [known for known in states if known > level])
+        for features in self._features.values():
+            self._release(features)
+        self._features.clear()
 
     def _keep(self, batch: int, level: int, wanted: int, hidden: Tensor) -> None:
         states = self._states[batch]
@@ -127,7 +201,11 @@ class Recording:
             spare = [known for known in states if known > wanted] or [known for known in states if 0 < known < level]
             if not spare:
                 return
-            self._budget.release(states.pop(min(spare)))
-        kept = self._budget.place(hidden)
+            self._release([states.pop(min(spare))])
+        kept = self._budget.keep(hidden)
         if kept is not None:
             states[level] = kept
+
+    def _release(self, kept: Iterable[Kept]) -> None:
+        for one in kept:
+            self._budget.release(one)

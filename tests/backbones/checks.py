@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
+from setar_peft import LoCoOpObjective, SeTARConfig, estimate_cost, search_rank_ratios
 from setar_peft.backbones import ImageFeatures, Logits, backbone_of
 from setar_peft.objective import Objective
+from setar_peft.search.passes import BlockPasses
+from setar_peft.search.trace import SearchTrace
 
 CLASSES = ["cat", "dog", "frog", "ship"]
 CANDIDATES = [0.1, 0.25, 0.4]
@@ -68,32 +71,64 @@ def same_search_by_replay_and_in_full(model: Any, objective: Objective, **settin
     return replayed.rank_ratios
 
 
-def block_passes(model: Any, objective: Objective, **settings: Any) -> dict[str, float]:
-    """Passes of a search through a tower's blocks, in units of one pass over all of the tower's inputs."""
+@contextmanager
+def counting_block_passes(model: Any) -> Iterator[Counter[str]]:
+    """Count inputs that pass a tower's blocks: calls of `Tower.step` below the last block, and of `Tower.finish`."""
     passes: Counter[str] = Counter()
-    handles = [
-        block.register_forward_hook(lambda *_, name=tower.name: passes.update([name]))
-        for tower in backbone_of(model).towers.values()
-        for block in tower.blocks
-    ]
-    search_rank_ratios(model, objective, SeTARConfig(candidate_ratios=CANDIDATES, **settings), progress=False)
-    for handle in handles:
-        handle.remove()
-    batches = dict.fromkeys(passes, 1)
-    batches[backbone_of(model).input_tower] = sum(1 for _ in objective.batches())
-    return {name: count / batches[name] for name, count in passes.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in {type(tower) for tower in backbone_of(model).towers.values()}:
+
+            def step(self: Any, entry: Any, level: int, hidden: Any, call: Any = kind.step) -> Any:
+                passes[self.name] += len(hidden) * (level < len(self.blocks) - 1)
+                return call(self, entry, level, hidden)
+
+            def finish(self: Any, entry: Any, hidden: Any, call: Any = kind.finish) -> Any:
+                passes[self.name] += len(hidden)
+                return call(self, entry, hidden)
+
+            patch.setattr(kind, "step", step)
+            patch.setattr(kind, "finish", finish)
+        yield passes
 
 
-def stays_within_the_bound(model: Any, objective: Objective, heads: int = 0) -> None:
-    """J N (N + 1) / 2 block passes and two recordings a tower.
+def passes_by_the_formula(model: Any, trace: SearchTrace) -> dict[str, int]:
+    """Block passes that docs/search.md grants the search behind a trace."""
+    backbone = backbone_of(model)
+    passes = BlockPasses({name: len(tower.blocks) for name, tower in backbone.towers.items()})
+    present: dict[str, float] = {}
+    for row in trace.rows:
+        tried = Counter(candidate.module for candidate in trace.candidates if candidate.step == row.step)
+        for module, candidates in tried.items():
+            passes.evaluate(*backbone.locate(module)[:2], candidates)
+        if row.best_ratio != present.get(row.module, 0.0):
+            passes.change(*backbone.locate(row.module)[:2])
+        present[row.module] = row.best_ratio
+    return passes.count
 
-    A candidate of one of the `heads` searched layers above the blocks calls the last block, which hands back its share.
-    """
-    counted = block_passes(model, objective)
-    assert set(counted) == set(backbone_of(model).towers)
-    for name, tower in backbone_of(model).towers.items():
-        depth = len(tower.blocks)
-        assert depth <= counted[name] <= len(CANDIDATES) * depth * (depth + 1) / 2 + 2 * depth + heads * len(CANDIDATES)
+
+def takes_the_passes_of_the_formula(model: Any, objective: Objective, **settings: Any) -> dict[str, float]:
+    """A search takes as many block passes as the formula says, by its decisions, and no more than was estimated."""
+    config = SeTARConfig(candidate_ratios=CANDIDATES, **settings)
+    estimate = estimate_cost(model, objective, config)
+    with counting_block_passes(model) as counted:
+        trace = search_rank_ratios(model, objective, config, progress=False).trace
+    inputs = dict.fromkeys(backbone_of(model).towers, estimate.classes)
+    inputs[backbone_of(model).input_tower] = estimate.images
+    passes = {tower: count / inputs[tower] for tower, count in counted.items()}
+    assert passes == passes_by_the_formula(model, trace)
+    assert all(count <= estimate.block_passes[tower] for tower, count in passes.items())
+    return passes
+
+
+def stays_within_the_bound(model: Any, objective: Objective) -> None:
+    """J N (N + 1) / 2 + 2 N block passes a tower, and J more for each layer above the blocks."""
+    backbone = backbone_of(model)
+    counted = takes_the_passes_of_the_formula(model, objective)
+    assert set(counted) == set(backbone.towers)
+    for name, tower in backbone.towers.items():
+        depth, candidates = len(tower.blocks), len(CANDIDATES)
+        heads = sum(backbone.locate(module)[:2] == (name, depth) for module in backbone.modules_of_type("W_up"))
+        assert depth <= counted[name] <= candidates * depth * (depth + 1) / 2 + 2 * depth + heads * candidates
 
 
 def adapter_has_the_searched_loss(model: Any, objective: Objective) -> None:
