@@ -36,11 +36,38 @@ class Processes:
         return self.index == 0
 
     def total(self, sums: Tensor) -> Tensor:
-        """The sum of a tensor over the processes, the same bits on each."""
+        """The sum of a tensor over the processes, the same bits on each.
+
+        Raises:
+            OutOfMemoryElsewhere: If another process ran out of memory on the way here.
+        """
         if self.count == 1:
             return sums
+        self._meet(out_of_memory=False)
         return broadcast(reduce(sums, reduction="sum"))
 
     def gathered(self, value: Any) -> list[Any]:
-        """One value of each process, in their order."""
-        return gather_object([value]) if self.count > 1 else [value]
+        """One value of each process, in their order.
+
+        Raises:
+            OutOfMemoryElsewhere: If another process ran out of memory on the way here.
+        """
+        if self.count == 1:
+            return [value]
+        self._meet(out_of_memory=False)
+        return gather_object([value])
+
+    def tell_out_of_memory(self) -> None:
+        """Let the others know that this process ran out of memory: they learn it where they wait for its part."""
+        if self.count > 1:
+            self._meet(out_of_memory=True)
+
+    def _meet(self, *, out_of_memory: bool) -> None:
+        assert self._state is not None
+        failed = reduce(torch.tensor(float(out_of_memory), device=self._state.device), reduction="sum")
+        if failed and not out_of_memory:
+            raise OutOfMemoryElsewhere("Another process ran out of memory.")
+
+
+class OutOfMemoryElsewhere(torch.OutOfMemoryError):
+    """Another process ran out of memory, so that this one cannot go on alone."""

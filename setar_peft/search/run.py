@@ -84,7 +84,9 @@ def search_rank_ratios(
     processes = Processes(next((weight.device for weight in model.parameters()), torch.device("cpu")))
     shown = progress and processes.is_first
     with left_as_it_was(model), SearchProgress(plan.work(), shown=shown) as bar:
-        evaluator = SmallerBatches(lambda largest: _evaluator(model, objective, config, plan, processes, largest))
+        evaluator = SmallerBatches(
+            lambda largest: _evaluator(model, objective, config, plan, processes, largest), processes
+        )
         try:
             trace = SearchTrace(LossValues(math.nan), settings=_settings(config, objective, evaluator, model))
             done = _resumed(trace, trace_path) if resume else SearchTrace(LossValues(math.nan))

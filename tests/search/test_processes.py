@@ -18,6 +18,7 @@ from tests.conftest import GOLDEN
 
 SEARCH = """
 import json, pathlib, sys
+import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel
 from setar_peft import LoCoOpObjective, search_rank_ratios
@@ -30,8 +31,21 @@ names = json.loads((golden / "cases" / "classes.json").read_text())
 model = CLIPModel.from_pretrained(golden / "cases" / "clip_tiny", attn_implementation="eager").eval()
 images, labels = tensors["pixel_values"][:count], tensors["labels"][:count]
 objective = LoCoOpObjective(tokenizer, names, images, labels, ood_weight=0.1, top_k=2, batch_size=8)
-result = search_rank_ratios(model, objective, progress=False, trace_path=output / "trace.json")
 index = Processes(model.device).index
+
+
+class ShortOfMemory(LoCoOpObjective):
+    calls = 0
+
+    def sums(self, features, classes, labels):
+        ShortOfMemory.calls += 1
+        if index == 1 and len(labels) > 3 and ShortOfMemory.calls > int(sys.argv[4]) >= 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().sums(features, classes, labels)
+
+
+objective.__class__ = ShortOfMemory
+result = search_rank_ratios(model, objective, progress=False, trace_path=output / "trace.json")
 losses = [candidate.total_loss for candidate in result.trace.candidates]
 (output / f"{index}.json").write_text(json.dumps([result.rank_ratios, losses, result.trace.settings["data"]]))
 """
@@ -43,11 +57,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("count", [23, 1])
-def test_two_processes_equal_one(
-    load_clip: Callable[..., CLIPModel], clip_objective: Callable[..., LoCoOpObjective], tmp_path: Path, count: int
-) -> None:
-    """23 images leave the shards uneven, 1 leaves one of them empty."""
+def _search_in_two_processes(folder: Path, count: int, out_of_memory_after: int = -1) -> list[str]:
+    """Run `SEARCH` twice at once and return what each process said on standard error."""
     environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -59,7 +70,7 @@ def test_two_processes_equal_one(
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", SEARCH, str(GOLDEN), str(tmp_path), str(count)],
+            [sys.executable, "-c", SEARCH, str(GOLDEN), str(folder), str(count), str(out_of_memory_after)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -68,6 +79,15 @@ def test_two_processes_equal_one(
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
+    return errors
+
+
+@pytest.mark.parametrize("count", [23, 1])
+def test_two_processes_equal_one(
+    load_clip: Callable[..., CLIPModel], clip_objective: Callable[..., LoCoOpObjective], tmp_path: Path, count: int
+) -> None:
+    """23 images leave the shards uneven, 1 leaves one of them empty."""
+    _search_in_two_processes(tmp_path, count)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     alone = search_rank_ratios(load_clip(), clip_objective(count), progress=False)
@@ -76,3 +96,17 @@ def test_two_processes_equal_one(
     assert losses == pytest.approx([candidate.total_loss for candidate in alone.trace.candidates], abs=4e-5)
     assert data == alone.trace.settings["data"]
     assert json.loads((tmp_path / "trace.json").read_text())["settings"]["data"] == data
+
+
+@pytest.mark.parametrize("after", [0, 30])
+def test_all_processes_halve_the_batch_when_one_runs_out_of_memory(
+    load_clip: Callable[..., CLIPModel], clip_objective: Callable[..., LoCoOpObjective], tmp_path: Path, after: int
+) -> None:
+    for errors in _search_in_two_processes(tmp_path, 23, out_of_memory_after=after):
+        assert "Out of memory with 8 images a batch; the search goes on with 4" in errors
+        assert "Out of memory with 4 images a batch; the search goes on with 2" in errors
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    alone = search_rank_ratios(load_clip(), clip_objective(23), progress=False)
+    assert first[0] == alone.rank_ratios
+    assert first[1] == pytest.approx([candidate.total_loss for candidate in alone.trace.candidates], abs=4e-5)
