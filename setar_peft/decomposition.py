@@ -160,6 +160,13 @@ def decompose(weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, 
     return Decomposition(u, s, vh, _removal_order(len(s), prune, seed, name).to(u.device))
 
 
+def weight_digest(weight: Tensor) -> str:
+    """A digest of a weight's shape, dtype and values: equal for equal weights, wherever they are."""
+    digest = hashlib.blake2b(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def base_agreement(weight: Tensor, residual: Residual) -> float:
     """How well a residual fits a weight: <B0 A0, W> / ||B0 A0||^2.
 

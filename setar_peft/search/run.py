@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from setar_peft.decomposition import Residual
+from setar_peft.decomposition import Residual, weight_digest
 from setar_peft.losses import LossValues
 from setar_peft.objective import Objective
 from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator
@@ -27,7 +27,9 @@ from setar_peft.search.progress import SearchProgress
 from setar_peft.search.retry import SmallerBatches
 from setar_peft.search.trace import SearchTrace, TraceCandidate, TraceRow
 from setar_peft.search.untouched import left_as_it_was
+from setar_peft.search.weights import SwappableWeight
 from setar_peft.tuner.config import SeTARConfig
+from setar_peft.tuner.layer import KnownSplit, SplitSettings
 
 _CRITERIA = {"total": "total", "id": "id_loss", "ood": "ood_loss"}
 
@@ -39,7 +41,8 @@ class SearchResult:
     Attributes:
         rank_ratios: Full module name -> ratio, for every layer searched; 0 for a layer that is left alone.
         trace: How it got there, one row a step.
-        config: The config to make the adapter with.
+        config: The config to make the adapter with. Until it is copied or saved it carries the residuals, so that no
+            weight is decomposed twice.
         residuals: The removed components of every layer with a ratio above 0, by module name.
     """
 
@@ -101,6 +104,14 @@ def search_rank_ratios(
             evaluator.restore()
     found = copy.copy(config)
     found.rank_ratios, found.target_modules, found.objective = dict(rank_ratios), set(rank_ratios), None
+    found.known_splits = {
+        name: KnownSplit(
+            SplitSettings(rank_ratios[name], config.prune, config.seed, name),
+            weight_digest(SwappableWeight(name, model.get_submodule(name)).original),
+            residual,
+        )
+        for name, residual in evaluator.residuals.items()
+    }
     return SearchResult(rank_ratios, trace, found, evaluator.residuals)
 
 

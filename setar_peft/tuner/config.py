@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -18,6 +18,9 @@ from setar_peft.decomposition import PRUNE_STRATEGIES, check_rank_ratio
 from setar_peft.tuner.adapter_file import SavedShapes, check_adapter_file, file_digest, find_adapter_file
 from setar_peft.tuner.card import CardFacts, write_model_card
 from setar_peft.tuner.peft_type import SETAR
+
+if TYPE_CHECKING:
+    from setar_peft.tuner.layer import KnownSplit
 
 ORDERS = ("vision_text", "text_vision", "vision", "text", "interleaved", "exhaustive")
 CRITERIA = ("total", "id", "ood")
@@ -57,7 +60,7 @@ class SeTARConfig(PeftConfig):
         criterion: What a candidate must lower: the "total" loss (the paper's), its "id" or its "ood" part.
         passes: Number of times the search goes through all layers; it ends early when a pass changes nothing.
         recording_memory: GiB of recorded hidden states that the search may hold; by default half of the memory
-            that is free. What does not fit is computed again.
+            that is free. What does not fit is computed again; what stands for the images goes to a temporary file.
         objective: What the search minimises: an `Objective`, or a callable `model -> float`. Lives at run time
             only; it is never serialised, copied or compared.
         strict_base: On loading, refuse a base that the factors did not come from instead of warning. Lives at run
@@ -99,6 +102,8 @@ class SeTARConfig(PeftConfig):
         # What is in that file, once it was read.
         self.saved_shapes: SavedShapes | None = None
         self._weights_sha256 = weights_sha256
+        # Set by the search: what it decomposed, by module name, so that the adapter need not do it again.
+        self.known_splits: dict[str, KnownSplit] = {}
         # Set by the tuner: names of the model's parameters that required gradients before the adapter came.
         self.trainable_before: set[str] = set()
         # Set by the tuner: this config belongs to an adapter, so what is saved of it has factors beside it.
@@ -188,7 +193,7 @@ class SeTARConfig(PeftConfig):
         return config
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "objective": None}
+        return {**self.__dict__, "objective": None, "known_splits": {}}
 
     def _check_types(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):

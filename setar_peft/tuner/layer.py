@@ -15,7 +15,7 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from setar_peft.decomposition import Residual, decompose, residual_rank
+from setar_peft.decomposition import Residual, decompose, residual_rank, weight_digest
 from setar_peft.tuner.base_weight import SavedBaseWeight
 from setar_peft.tuner.checkpoint import check_base
 from setar_peft.tuner.forward import Factors, effective_weight
@@ -28,6 +28,20 @@ class SplitSettings(NamedTuple):
     prune: str
     seed: int
     name: str
+
+
+class KnownSplit(NamedTuple):
+    """A residual that was computed before, and of what.
+
+    Attributes:
+        settings: The settings it was computed with.
+        digest: The weight's `weight_digest`.
+        residual: The removed components.
+    """
+
+    settings: SplitSettings
+    digest: str
+    residual: Residual
 
 
 class SeTARLayer(BaseTunerLayer):
@@ -128,8 +142,12 @@ class SeTARLayer(BaseTunerLayer):
             self.setar_A[adapter_name] = nn.Parameter(a)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def split_base_weight(self, settings: SplitSettings) -> Residual:
-        """Compute the residual of the base weight: one singular value decomposition.
+    def split_base_weight(self, settings: SplitSettings, known: KnownSplit | None = None) -> Residual:
+        """Compute the residual of the base weight: one singular value decomposition, unless it is known.
+
+        Args:
+            settings: Rank ratio and strategy of the residual.
+            known: A residual from before; it serves if it is of the same weight and settings.
 
         Raises:
             ValueError: If the weight cannot be read or split; the message names the layer.
@@ -151,6 +169,8 @@ class SeTARLayer(BaseTunerLayer):
                     f"{settings.name} is on the meta device, so its weight cannot be decomposed. Load the base model's "
                     "weights before creating an adapter, or load a saved adapter."
                 )
+            if known is not None and known.settings == settings and known.digest == weight_digest(weight):
+                return Residual(known.residual.b0.to(weight.device), known.residual.a0.to(weight.device))
             decomposition = decompose(weight, settings.prune, seed=settings.seed, name=settings.name)  # type: ignore[arg-type]
         return decomposition.residual(settings.rank_ratio)
 

@@ -69,7 +69,7 @@ class SeTARModel(BaseTuner):
         finally:
             self._residuals, self._saved_ratios = {}, {}
         config.card.objective = objective_settings(config.objective) or config.card.objective
-        config.objective = None
+        config.objective, config.known_splits = None, {}
         config.factors_created = True
 
     def _check_new_adapter_config(self, config: SeTARConfig) -> None:
@@ -105,8 +105,7 @@ class SeTARModel(BaseTuner):
             if search is None:
                 raise RuntimeError("No search is known to the tuner; import setar_peft, not only setar_peft.tuner.")
             result = search(model, peft_config.objective, peft_config)
-            peft_config.rank_ratios = result.rank_ratios
-            self._residuals.update(result.residuals)
+            peft_config.rank_ratios, peft_config.known_splits = result.rank_ratios, result.config.known_splits
         if self._saved_ratios:
             targets = {name: module for name, module in model.named_modules() if name in self._saved_ratios}
         else:
@@ -122,8 +121,9 @@ class SeTARModel(BaseTuner):
             check_shapes(peft_config.saved_shapes.weights, layers)
             check_other_tensors(peft_config.saved_shapes.others, peft_config.modules_to_save or (), model)
         for name, layer in layers.items():
-            if not peft_config.awaits_factors and name not in self._residuals:
-                self._residuals[name] = layer.split_base_weight(self._settings(peft_config, name))
+            if not peft_config.awaits_factors:
+                known = peft_config.known_splits.get(name)
+                self._residuals[name] = layer.split_base_weight(self._settings(peft_config, name), known)
 
     def _settings(self, config: SeTARConfig, name: str) -> SplitSettings:
         assert isinstance(config.rank_ratios, dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from setar_peft import SeTARConfig, SeTARLayer
+from setar_peft import SeTARConfig, SeTARLayer, search_rank_ratios
 from setar_peft.decomposition import decompose, residual_rank
 from setar_peft.tuner import layer as layer_module
 from tests.tuner.models import MLP, ConvMLP, assert_unchanged, inputs, snapshot
@@ -444,6 +445,49 @@ class TestSearchInOneCall:
         assert objective(model) < expected
         # The search's own decompositions serve the adapter.
         assert splits == []
+
+    @pytest.mark.parametrize("dtype", FLOATS)
+    @pytest.mark.parametrize("make", [MLP, ConvMLP])
+    def test_an_adapter_from_a_finished_search_decomposes_nothing(
+        self, make: type[nn.Module], dtype: torch.dtype, splits: list[str]
+    ) -> None:
+        settings = {"target_modules": ["fc1", "fc2"], "candidate_ratios": [0.25, 0.5], "prune": "random"}
+        base = make().to(dtype)
+
+        def loss(model: nn.Module) -> float:
+            return -float(sum((p.double() - q).abs().sum() for p, q in zip(model.parameters(), before, strict=True)))
+
+        before = [parameter.detach().clone().double() for parameter in base.parameters()]
+        result = search_rank_ratios(base, loss, SeTARConfig(**settings), progress=False)
+        assert set(result.rank_ratios.values()) == {0.5}
+        twin, other = copy.deepcopy(base), copy.deepcopy(base)
+        with torch.no_grad():
+            other.fc2.weight.view(-1)[0] += 0.5
+        anew = get_peft_model(copy.deepcopy(other), copy.copy(result.config)).state_dict()
+        assert splits == ["fc1", "fc2"]  # a copy knows nothing
+
+        def adapted(model: nn.Module) -> dict[str, Tensor]:
+            config = copy.copy(result.config)
+            config.known_splits = result.config.known_splits
+            return get_peft_model(model, config).state_dict()
+
+        state, same = adapted(base), adapted(twin)
+        assert splits == ["fc1", "fc2"]
+        changed = adapted(other)
+        assert splits == ["fc1", "fc2", "fc2"]  # the weight that was written to in between
+        for name, value in state.items():
+            assert torch.equal(value, same[name])
+            assert torch.equal(changed[name], anew[name])
+
+    @pytest.mark.parametrize("change", [{"rank_ratios": {"fc1": 0.25}}, {"prune": "principal"}, {"seed": 1}])
+    def test_other_settings_than_the_searchs_decompose_anew(self, change: dict[str, Any], splits: list[str]) -> None:
+        config = SeTARConfig(target_modules=["fc1"], candidate_ratios=[0.5], prune="random")
+        losses = iter([1.0, 0.5])
+        result = search_rank_ratios(MLP(), lambda _: next(losses), config, progress=False)
+        for name, value in change.items():
+            setattr(result.config, name, value)
+        get_peft_model(MLP(), result.config)
+        assert splits == ["fc1"]
 
     def test_an_objective_that_fails_leaves_the_model_alone(self) -> None:
         base = MLP()
