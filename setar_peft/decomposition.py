@@ -156,8 +156,30 @@ def decompose(weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, 
             f"{name} holds NaN or infinity, so it has no singular values. Load the checkpoint again, "
             "or take the layer out of target_modules."
         )
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    by_gram = matrix.is_cuda and matrix.dtype == torch.float32
+    u, s, vh = svd_by_gram(matrix) if by_gram else torch.linalg.svd(matrix, full_matrices=False)
     return Decomposition(u, s, vh, _removal_order(len(s), prune, seed, name).to(u.device))
+
+
+def svd_by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of a float32 matrix (m, n), from the eigenvectors of W^T W or W W^T in float64.
+
+    For GPUs, whose SVD is iterative and slow: https://github.com/pytorch/pytorch/issues/41306. In float64 the Gram
+    matrix loses less than float32 can hold. Singular vectors of values below 1e-7 of the largest, which float32 cannot
+    tell from 0, may be zero on one side.
+
+    Returns:
+        U (m, k), S (k,) in decreasing order, and Vh (k, n), with k = min(m, n), float32.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        u, s, vh = svd_by_gram(matrix.T)
+        return vh.T.contiguous(), s, u.T.contiguous()
+    exact = matrix.double()
+    values, vectors = torch.linalg.eigh(exact.T @ exact)
+    s, v = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    scaled = exact @ v
+    u = torch.where(s > 1e-7 * s.amax(), scaled / s, 0)
+    return u.float(), s.float(), v.T.float().contiguous()
 
 
 def weight_digest(weight: Tensor) -> str:

@@ -159,10 +159,10 @@ def locoop_sums(
             on_ood_patches(local_logits[is_ood])
     return LossSums(
         F.cross_entropy(logits, labels, reduction="none").sum(dtype=exact),
-        logits.new_tensor(images, dtype=exact),
+        torch.full((), images, dtype=exact, device=logits.device),
         ood_loss,
         ood_patches,
-        logits.new_tensor(len(rows), dtype=exact),
+        torch.full((), len(rows), dtype=exact, device=logits.device),
         (logits.argmax(-1) == labels).sum().to(exact),
     )
 

@@ -21,6 +21,7 @@ from setar_peft.decomposition import (
     decompose,
     kept_rank,
     residual_rank,
+    svd_by_gram,
 )
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (1, 5), (6, 1)]
@@ -119,6 +120,40 @@ class TestSplit:
         split.residual(0.5).b0.add_(1)
         assert torch.equal(weight, before)
         assert not split.kept(0.5).requires_grad
+
+
+class TestByGram:
+    """The decomposition that GPUs run, which is the same on a CPU."""
+
+    @pytest.mark.parametrize("shape", [*SHAPES, (192, 48), (48, 192)])
+    def test_equals_the_singular_value_decomposition(self, shape: tuple[int, int]) -> None:
+        weight = _weight(shape, torch.float32)
+        u, s, vh = svd_by_gram(weight)
+        size = min(shape)
+        assert [part.dtype for part in (u, s, vh)] == [torch.float32] * 3
+        torch.testing.assert_close(s, torch.linalg.svdvals(weight.double()).float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(u.T @ u, torch.eye(size), rtol=0, atol=1e-5)
+        torch.testing.assert_close(vh @ vh.T, torch.eye(size), rtol=0, atol=1e-5)
+        torch.testing.assert_close((u * s) @ vh, weight, rtol=0, atol=5e-6)
+
+    @pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
+    def test_a_weight_of_low_rank(self, shape: tuple[int, int]) -> None:
+        weight = (_weight((shape[0], 2)) @ _weight((2, shape[1]), seed=1)).float()
+        u, s, vh = svd_by_gram(weight)
+        assert torch.isfinite(torch.cat([u.flatten(), s, vh.flatten()])).all()
+        torch.testing.assert_close((u[:, :2] * s[:2]) @ vh[:2], weight, rtol=0, atol=1e-5)
+        assert s[2:].max() < 1e-5
+
+    def test_a_weight_of_zeros(self) -> None:
+        u, s, vh = svd_by_gram(torch.zeros(4, 3))
+        assert torch.equal((u * s) @ vh, torch.zeros(4, 3))
+
+    def test_is_nearer_to_the_exact_kept_part_than_a_float32_decomposition(self) -> None:
+        weight = _weight((192, 48), torch.float32)
+        exact = decompose(weight.double()).kept(0.25)
+        u, s, vh = svd_by_gram(weight)
+        by_gram = (u[:, :36] * s[:36]) @ vh[:36]
+        assert (by_gram - exact).abs().max() < (decompose(weight).kept(0.25) - exact).abs().max()
 
 
 class TestRandomStrategy:

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
-from setar_peft.decomposition import decompose
+from setar_peft.decomposition import decompose, svd_by_gram
 from setar_peft.losses import LossValues
 from setar_peft.search.greedy import greedy_search
 from tests.conftest import GOLDEN, read_json
@@ -62,13 +62,25 @@ def _key(step: int, tower: str, weight: str, layer: int | None, ratio: float) ->
     return step, {"vision": "visual"}.get(tower, tower), weight, layer, ratio
 
 
+@pytest.fixture(params=["lapack", "gram"])
+def tolerance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """How near the published losses are, by the decomposition of CPUs and by that of GPUs.
+
+    The latter is exact where the published figures carry the rounding of a float32 decomposition, up to 4e-5.
+    """
+    if request.param == "lapack":
+        return request.getfixturevalue("loss_tolerance")
+    monkeypatch.setattr(torch.linalg, "svd", lambda matrix, full_matrices: svd_by_gram(matrix))
+    return 5e-5
+
+
 @pytest.mark.parametrize("name", SEARCHES)
 @pytest.mark.usefixtures("one_thread")
 def test_search_repeats_the_published_code(
     name: str,
     load_clip: Callable[..., CLIPModel],
     clip_objective: Callable[..., LoCoOpObjective],
-    loss_tolerance: float,
+    tolerance: float,
 ) -> None:
     golden = read_json(GOLDEN / f"{name}.json")
     settings = golden["config"]
@@ -87,13 +99,13 @@ def test_search_repeats_the_published_code(
 
     decided = [list(_key(0, r.tower_type, r.weight_type, r.layer_num, r.best_ratio)[1:]) for r in trace.rows]
     assert decided == golden["chosen"]
-    assert trace.rows[-1].total_loss == pytest.approx(golden["best_by_step"][-1][-1], abs=loss_tolerance)
+    assert trace.rows[-1].total_loss == pytest.approx(golden["best_by_step"][-1][-1], abs=tolerance)
     expected = _golden_losses(golden)
     rows = {row.module: row for row in trace.rows}
     for candidate in trace.candidates:
         row = rows[candidate.module]
         losses = expected[_key(candidate.step, row.tower_type, row.weight_type, row.layer_num, candidate.rank_ratio)]
-        assert candidate[3:6] == pytest.approx(losses[:3], abs=loss_tolerance)
+        assert candidate[3:6] == pytest.approx(losses[:3], abs=tolerance)
         assert 100 * candidate.accuracy == pytest.approx(losses[3], abs=1e-3)
         assert 100 * candidate.ood_patch_share == pytest.approx(losses[4], abs=1e-3)
 
