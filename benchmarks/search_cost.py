@@ -104,21 +104,28 @@ def full_evaluation(model: CLIPModel, objective: RandomImages) -> float:
 
 
 def count_passes(model: CLIPModel) -> Counter[str]:
-    """Count passes through blocks from here on; the vision tower's end, which is no call of a block, counts as one."""
-    calls: Counter[str] = Counter()
-    ends = {"vision": model.visual_projection, "text": None}
-    for name, tower in backbone_of(model).towers.items():
-        for block in [*tower.blocks, ends[name]]:
-            if block is not None:
-                block.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    return calls
+    """Count, from here on, the inputs that a search takes through each tower's blocks, the last one included."""
+    rows: Counter[str] = Counter()
+    for kind in {type(tower) for tower in backbone_of(model).towers.values()}:
+
+        def step(self: Any, entry: Any, level: int, hidden: torch.Tensor, call: Any = kind.step) -> Any:
+            rows[self.name] += len(hidden) * (level < len(self.blocks) - 1)
+            return call(self, entry, level, hidden)
+
+        def finish(self: Any, entry: Any, hidden: torch.Tensor, call: Any = kind.finish) -> Any:
+            rows[self.name] += len(hidden)
+            return call(self, entry, hidden)
+
+        kind.step, kind.finish = step, finish  # type: ignore[method-assign]
+    return rows
 
 
-def time_of_passes(model: CLIPModel, objective: RandomImages, calls: Counter[str], device: str) -> float:
-    """Seconds of a plain loop over as many block passes, with the same shapes: the floor of the search's cost."""
-    seconds, calls = 0.0, Counter(calls)
+def time_of_passes(model: CLIPModel, objective: RandomImages, rows: Counter[str], device: str) -> float:
+    """Seconds of a plain loop that takes as many inputs through whole blocks, in batches of the same size."""
+    seconds, rows = 0.0, Counter(rows)
     pixel_values, _ = next(iter(objective.batches()))
-    inputs = {"vision": {"pixel_values": pixel_values}, "text": objective.tokens}
+    prompts = {name: values[: objective.prompt_batch_size] for name, values in objective.tokens.items()}
+    inputs = {"vision": {"pixel_values": pixel_values}, "text": prompts}
     with torch.no_grad():
         for name, tower in backbone_of(model).towers.items():
             entry = tower.enter({key: value.to(device) for key, value in inputs[name].items()})
@@ -126,10 +133,10 @@ def time_of_passes(model: CLIPModel, objective: RandomImages, calls: Counter[str
                 tower.step(entry, 0, entry.hidden)
             _synchronize(device)
             start = time.perf_counter()
-            for index in range(20):
+            for index in range(24):
                 tower.step(entry, index % len(tower.blocks), entry.hidden)
             _synchronize(device)
-            seconds += (time.perf_counter() - start) / 20 * calls[name]
+            seconds += (time.perf_counter() - start) / 24 * rows[name] / len(entry.hidden)
     return seconds
 
 
@@ -143,15 +150,20 @@ def measure(way: str, options: dict[str, Any]) -> dict[str, Any]:
     target: Any = objective if way == "replay" else lambda candidate: full_evaluation(candidate, objective)
     full_evaluation(model, objective)  # warm-up; the first pass also pays for what is set up once
     before = _peak_mebibytes(options["device"])
-    calls = count_passes(model)
+    rows = count_passes(model)
     start = time.perf_counter()
     result = search_rank_ratios(model, target, config, progress=options["progress"])
     _synchronize(options["device"])
     seconds = time.perf_counter() - start
+    inputs = {"vision": options["images"], "text": options["classes"]}
+    passes = {tower: count / inputs[tower] for tower, count in rows.items()}
+    if way == "full":
+        evaluations = 1 + len(result.trace.candidates)
+        passes = {name: evaluations * len(tower.blocks) for name, tower in backbone_of(model).towers.items()}
     return {
         "seconds": seconds,
-        "block_passes": dict(calls),
-        "floor_seconds": time_of_passes(model, objective, calls, options["device"]),
+        "block_passes": passes,
+        "floor_seconds": time_of_passes(model, objective, rows, options["device"]),
         "peak_mebibytes": _peak_mebibytes(options["device"]) - before,
         "rank_ratios": result.rank_ratios,
         "loss": result.trace.rows[-1].total_loss,

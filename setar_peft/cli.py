@@ -111,27 +111,37 @@ def search(
         str, typer.Option(help="Weight types, separated by commas: W_q, W_k, W_v, W_o, W_up, W_down, W_p.")
     ] = "W_up",
     order: Annotated[
-        str, typer.Option(help="vision_text, text_vision, vision, text, interleaved or exhaustive.")
+        str,
+        typer.Option(
+            help="vision_text, text_vision, vision, text, interleaved or exhaustive; or modules' full names, "
+            "separated by commas."
+        ),
     ] = "vision_text",
     candidates: Annotated[
         str | None, typer.Option(help="Ratios to try, separated by commas.", show_default="0.05,0.1,...,0.4")
     ] = None,
     passes: Annotated[int, typer.Option(help="Times to go through all layers at most.")] = 1,
     prune: Annotated[str, typer.Option(help="Which components are removed: minor, principal or random.")] = "minor",
-    criterion: Annotated[str, typer.Option(help="What a candidate must lower: total, id or ood.")] = "total",
+    criterion: Annotated[
+        str,
+        typer.Option(help="What a candidate must lower: total, id or ood; or improve on OOD patches: auroc or fpr95."),
+    ] = "total",
     ood_weight: Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")] = 0.1,
     top_k: Annotated[
         int | None, typer.Option(help="K of the OOD loss.", show_default="30 % of the classes, rounded, at least 1")
     ] = None,
     prompt: Annotated[str, typer.Option(help='Prompt with "{class}" in it.')] = "a photo of a {class}",
     batch_size: Annotated[int, typer.Option(help="Images a batch.")] = 64,
+    recording_memory: Annotated[
+        float | None, typer.Option(help="GiB that recordings may take.", show_default="half of what is free")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the trace in the output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the search would cost.")] = False,
 ) -> None:
     """Find the rank ratios of a model on a folder of images, and save the adapter and the trace."""
-    from setar_peft.search.command import SearchRequest, numbers, run_search
+    from setar_peft.search.command import SearchRequest, numbers, order_of, run_search
 
     request = SearchRequest(
         model,
@@ -139,7 +149,7 @@ def search(
         output,
         classes=classes,
         weights=tuple(weights.split(",")),
-        order=order,
+        order=order_of(order),
         candidates=None if candidates is None else numbers(candidates),
         passes=passes,
         prune=prune,
@@ -148,6 +158,7 @@ def search(
         top_k=top_k,
         prompt=prompt,
         batch_size=batch_size,
+        recording_memory=recording_memory,
         device=device,
         dtype=dtype,
         resume=resume,

@@ -1,15 +1,31 @@
-"""Models and processors from a folder or the Hub, for the command line."""
+"""Models and processors from a folder or the Hub, and devices by name, for the command line."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from setar_peft.backbones import model_classes
+
+
+def torch_device(name: str | None = None) -> torch.device:
+    """A device by name; by default a GPU if there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); try --device cpu.") from error
+    return torch.device(name)
 
 
 def load_model(name: str, **kwargs: Any) -> Any:

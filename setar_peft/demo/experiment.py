@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from setar_peft.demo import digits
 from setar_peft.demo.pictures import noise, photograph_crops
 from setar_peft.demo.tiny_clip import STEPS
 from setar_peft.images import ImageSource, class_names_of, read_folder
-from setar_peft.loading import load_model, load_processor
+from setar_peft.loading import load_model, load_processor, torch_device
 from setar_peft.objective import PROMPT, LoCoOpObjective
 
 SEARCH_IMAGES = 100
@@ -44,20 +43,6 @@ class Settings:
     def top_k_for(self, classes: int) -> int:
         """K for a number of classes."""
         return max(1, round(TOP_K_SHARE * classes)) if self.top_k is None else self.top_k
-
-    def torch_device(self) -> torch.device:
-        """The device.
-
-        Raises:
-            ValueError: If there is no such device.
-        """
-        name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device is {name!r}, which cannot be used here ({reason}); try --device cpu.") from error
-        return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -95,7 +80,7 @@ def digits_experiment(
     Raises:
         ValueError: If the cache cannot be written or is damaged, or a setting is outside its range.
     """
-    device = settings.torch_device()
+    device = torch_device(settings.device)
     folder = digits.model_folder(cache, steps=steps, progress=progress)
     model, processor = digits.load_model(cache, steps=steps, progress=progress)
     data = digits.load_images()
@@ -137,7 +122,7 @@ def folder_experiment(
         ValueError: If the model, a folder or the file cannot be read, a class has too few images, or a setting is
             outside its range.
     """
-    device = settings.torch_device()
+    device = torch_device(settings.device)
     names = class_names_of(Path(images), classes)
     labelled = read_folder(images, names)
     search, test = split_by_class(np.asarray(labelled["label"]), names, search_images_per_class)

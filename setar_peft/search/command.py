@@ -6,18 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import get_peft_model
 
 from setar_peft.backbones import backbone_of
 from setar_peft.images import class_names_of
-from setar_peft.loading import load_model, load_processor
+from setar_peft.loading import load_model, load_processor, torch_device
 from setar_peft.objective import LoCoOpObjective
+from setar_peft.patch_metric import PatchMetric, PatchMetricObjective
 from setar_peft.search.estimate import estimate_cost
+from setar_peft.search.processes import Processes, own_device
 from setar_peft.search.run import search_rank_ratios
-from setar_peft.tuner.config import SeTARConfig
+from setar_peft.tuner.config import CRITERIA, SeTARConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,15 +34,17 @@ class SearchRequest:
         output: Folder for the adapter, trace.json and trace.csv.
         classes: JSON list of class names in the subfolders' order; the subfolders' names by default.
         weights: Weight types to search.
-        order: Order of the layers.
+        order: Order of the layers, or their full names in the order wanted.
         candidates: Ratios to try; the paper's by default.
         passes: Times to go through all layers at most.
         prune: Which components are removed.
-        criterion: What a candidate must lower.
+        criterion: What a candidate must lower: "total", "id" or "ood" loss; or what is measured on OOD patches instead,
+            1 - "auroc" or "fpr95".
         ood_weight: Weight of the OOD loss.
         top_k: K of the OOD loss; 30 % of the classes by default.
         prompt: Prompt with "{class}" in it.
         batch_size: Images a batch.
+        recording_memory: GiB that recordings may take.
         device: Where to compute; a GPU if there is one by default.
         dtype: The model's dtype.
         resume: Continue the trace in `output`.
@@ -52,7 +56,7 @@ class SearchRequest:
     output: Path
     classes: Path | None = None
     weights: tuple[str, ...] = ("W_up",)
-    order: str = "vision_text"
+    order: str | tuple[str, ...] = "vision_text"
     candidates: tuple[float, ...] | None = None
     passes: int = 1
     prune: str = "minor"
@@ -61,6 +65,7 @@ class SearchRequest:
     top_k: int | None = None
     prompt: str = "a photo of a {class}"
     batch_size: int = 64
+    recording_memory: float | None = None
     device: str | None = None
     dtype: str = "float32"
     resume: bool = False
@@ -79,8 +84,15 @@ def numbers(text: str) -> tuple[float, ...]:
         raise ValueError(f"{text!r} is no list of numbers; separate them by commas, as in 0.1,0.2.") from None
 
 
+def order_of(text: str) -> str | tuple[str, ...]:
+    """An order by its name, or full names of modules separated by commas."""
+    return tuple(part.strip() for part in text.split(",")) if "." in text or "," in text else text
+
+
 def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
     """Search as asked; the adapter, trace.json and trace.csv are in the output folder at the end.
+
+    Under `accelerate launch` or torchrun the first process speaks and writes.
 
     Args:
         request: What to do.
@@ -91,10 +103,15 @@ def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
     """
     if request.dtype not in _DTYPES:
         raise ValueError(f"--dtype is {request.dtype!r}; give one of {', '.join(_DTYPES)}.")
+    metrics = get_args(PatchMetric)
+    if request.criterion not in (*CRITERIA, *metrics):
+        raise ValueError(f"--criterion is {request.criterion!r}; give one of {', '.join((*CRITERIA, *metrics))}.")
     names = class_names_of(request.images, request.classes)
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = (own_device() if request.device is None else None) or torch_device(request.device)
     model = load_model(request.model, dtype=_DTYPES[request.dtype]).to(device)
-    objective = LoCoOpObjective(
+    is_metric = request.criterion in metrics
+    settings: dict[str, Any] = {"metric": request.criterion} if is_metric else {}
+    objective = (PatchMetricObjective if is_metric else LoCoOpObjective)(
         load_processor(request.model, model),
         names,
         request.images,
@@ -102,23 +119,29 @@ def run_search(request: SearchRequest, say: Callable[[str], Any]) -> None:
         top_k=max(1, round(0.3 * len(names))) if request.top_k is None else request.top_k,
         prompt=request.prompt,
         batch_size=request.batch_size,
+        **settings,
     )
     backbone = backbone_of(model)
     targets = [name for weight_type in request.weights for name in backbone.modules_of_type(weight_type)]
     candidates: dict[str, Any] = {} if request.candidates is None else {"candidate_ratios": list(request.candidates)}
     config = SeTARConfig(
         target_modules=targets,
-        order=request.order,
+        order=request.order if isinstance(request.order, str) else list(request.order),
         passes=request.passes,
         prune=request.prune,
-        criterion=request.criterion,
+        criterion="total" if is_metric else request.criterion,
+        recording_memory=request.recording_memory,
         **candidates,
     )
-    say(estimate_cost(model, objective, config).table())
+    is_first = Processes(device).is_first
+    if is_first:
+        say(estimate_cost(model, objective, config).table())
     if request.dry_run:
         return
     trace_path = request.output / "trace.json"
     result = search_rank_ratios(model, objective, config, trace_path=trace_path, resume=request.resume)
+    if not is_first:
+        return
     say(result.trace.table())
     if find_spec("matplotlib"):
         result.trace.plot().savefig(request.output / "trace.png", dpi=150)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -23,10 +24,7 @@ class Processes:
     """
 
     def __init__(self, device: torch.device) -> None:
-        launched = torch.distributed.is_available() and (
-            torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
-        )
-        self._state = PartialState(cpu=device.type == "cpu") if launched else None
+        self._state = _joined(cpu=device.type == "cpu") if _are_several() else None
         self.index: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
 
@@ -67,6 +65,27 @@ class Processes:
         failed = reduce(torch.tensor(float(out_of_memory), device=self._state.device), reduction="sum")
         if failed and not out_of_memory:
             raise OutOfMemoryElsewhere("Another process ran out of memory.")
+
+
+def own_device() -> torch.device | None:
+    """Of several processes, the device that is this one's own; None where there is one process."""
+    return _joined(cpu=not torch.cuda.is_available()).device if _are_several() else None
+
+
+def _joined(*, cpu: bool) -> PartialState:
+    """This process as one of the group, which it leaves again at its end if it was not in it before."""
+    was_in = torch.distributed.is_initialized()
+    state = PartialState(cpu=cpu)
+    if not was_in and torch.distributed.is_initialized():
+        # A process that ends while it is in a group can be killed by the group's own threads.
+        atexit.register(state.destroy_process_group)
+    return state
+
+
+def _are_several() -> bool:
+    return torch.distributed.is_available() and (
+        torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    )
 
 
 class OutOfMemoryElsewhere(torch.OutOfMemoryError):

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from setar_peft.decomposition import residual_rank
+from setar_peft.loading import torch_device
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.export import export_lora, whole_folder
 
@@ -27,12 +28,13 @@ def merge_adapter(adapter: str, output: Path, *, base: str | None = None, device
         The folder, which transformers loads without this package.
 
     Raises:
-        ValueError: If the adapter or its base cannot be loaded or do not belong together, or the folder holds files.
+        ValueError: If the adapter or its base cannot be loaded or do not belong together, there is no such device, or
+            the folder holds files.
     """
     with whole_folder(output) as folder:
         model = _load(adapter, base)
         if device is not None:
-            model.to(device)
+            model.to(torch_device(device))
         merged = model.merge_and_unload(safe_merge=True)
         merged.save_pretrained(folder)
     return output

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from setar_peft.cli import app
 from setar_peft.search.trace import SearchTrace
 from tests.conftest import GOLDEN
+from tests.search.processes import in_two_processes
 
 CASES = GOLDEN / "cases"
 COMMON = [
@@ -31,7 +32,7 @@ def _setar(*arguments: object) -> tuple[int, str]:
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path: Path) -> None:
     code, text = _setar("--output", tmp_path / "out", "--dry-run")
     assert code == 0
-    for piece in ("images  24", "candidates  56", "vision 88, text 54", "FLOP", "kept", "time"):
+    for piece in ("images  24", "candidates  56", "vision 88, text 51", "FLOP", "kept", "above the model's", "time"):
         assert piece in text
     assert list(tmp_path.iterdir()) == []
 
@@ -52,6 +53,36 @@ def test_search_writes_adapter_and_trace_and_resumes(tmp_path: Path) -> None:
     assert SearchTrace.load(tmp_path / "trace.json") == trace
 
 
+def test_a_metric_of_ood_patches_and_an_explicit_order(tmp_path: Path) -> None:
+    layers = ["text_model.encoder.layers.1.mlp.fc1", "vision_model.encoder.layers.0.mlp.fc1"]
+    options = ["--output", tmp_path, "--criterion", "auroc", "--order", ", ".join(layers), "--recording-memory", "0"]
+    code, text = _setar(*options)
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    assert [row.module for row in trace.rows] == layers
+    assert trace.settings["objective"]["metric"] == "auroc"
+    assert 0 <= trace.rows[-1].total_loss <= trace.initial.total <= 1
+    code, text = _setar(*options[:2], *options[4:], "--criterion", "fpr95", "--resume")
+    assert code == 1
+    assert "objective.metric was 'auroc' and is 'fpr95'" in text
+
+
+def test_of_two_processes_the_first_speaks_and_writes(tmp_path: Path) -> None:
+    """The result is that of one process, and no file is written twice."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    options = ["--candidates", "0.2,0.4", "--output"]
+    said = in_two_processes(lambda rank: ["-m", "setar_peft", *COMMON, *options, str(folders[rank])])
+    alone = tmp_path / "alone"
+    code, text = _setar("--output", alone, "--candidates", "0.2,0.4")
+    assert code == 0, text
+    assert not folders[1].exists()
+    assert sorted(file.name for file in folders[0].iterdir()) == sorted(file.name for file in alone.iterdir())
+    ratios = [json.loads((folder / "adapter_config.json").read_text())["rank_ratios"] for folder in (folders[0], alone)]
+    assert ratios[0] == ratios[1]
+    assert "block passes" in said[0].output
+    assert said[1].output == ""
+
+
 @pytest.mark.parametrize(
     ("options", "piece"),
     [
@@ -61,7 +92,10 @@ def test_search_writes_adapter_and_trace_and_resumes(tmp_path: Path) -> None:
         (["--top-k", "7"], "top_k is 7 with 6 classes"),
         (["--order", "sideways"], "order is 'sideways'"),
         (["--dtype", "int8"], "--dtype is 'int8'"),
-        (["--criterion", "beauty"], "criterion is 'beauty'"),
+        (["--criterion", "beauty"], "--criterion is 'beauty'; give one of total, id, ood, auroc, fpr95."),
+        (["--order", "vision_model.encoder.layers.9.mlp.fc1"], "order names layers that are not searched"),
+        (["--device", "abacus"], "device is 'abacus'"),
+        (["--recording-memory", "-1"], "recording_memory is -1"),
     ],
 )
 def test_wrong_options_get_a_sentence(tmp_path: Path, options: list[str], piece: str) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +11,7 @@ from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, search_rank_ratios
 from tests.conftest import GOLDEN
+from tests.search.processes import in_two_processes
 
 SEARCH = """
 import json, pathlib, sys
@@ -51,35 +48,10 @@ losses = [candidate.total_loss for candidate in result.trace.candidates]
 """
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _search_in_two_processes(folder: Path, count: int, out_of_memory_after: int = -1) -> list[str]:
-    """Run `SEARCH` twice at once and return what each process said on standard error."""
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SEARCH, str(GOLDEN), str(folder), str(count), str(out_of_memory_after)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return errors
+    """Run `SEARCH` in two processes and return what each said on standard error."""
+    arguments = ["-c", SEARCH, str(GOLDEN), str(folder), str(count), str(out_of_memory_after)]
+    return [process.errors for process in in_two_processes(lambda _: arguments)]
 
 
 @pytest.mark.parametrize("count", [23, 1])
