@@ -93,8 +93,10 @@ def measure(options: argparse.Namespace, precision: str) -> dict[str, Any]:
         model = random_clip(options.shape).to(options.device, dtype)
         size = model.config.vision_config.image_size
         objective = RandomImages(options.images, options.classes, size, options.batch_size)
+        objective.prompt_batch_size = options.prompt_batch_size
         config = SeTARConfig(candidate_ratios=list(RATIOS[: options.candidates]))
         warm_up = RandomImages(min(options.images, options.batch_size), options.classes, size, options.batch_size)
+        warm_up.prompt_batch_size = options.prompt_batch_size
         search_rank_ratios(model, warm_up, SeTARConfig(candidate_ratios=[0.2]), progress=False)
         memory = 0.0
         if options.device == "cuda":
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--candidates", type=int, default=8, choices=range(1, 9))
     parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--prompt-batch-size", type=int, default=1000)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--precision", nargs="+", default=["bfloat16", "tf32"], choices=["bfloat16", "tf32", "float32"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")

@@ -170,8 +170,11 @@ def _weight_bytes(plan: SearchPlan, model: nn.Module) -> int:
         decomposition = (m + n) * rank * exact
         removed = residual_rank((m, n), max(ratios))
         chosen += m * n * weight.element_size() + (m + n) * removed * exact
-        # While a candidate's kept part is formed, its factors are copied, the left one once more.
-        evaluated = max(evaluated, decomposition + (len(ratios) * m * n + (2 * m + n) * rank) * exact)
+        # While a candidate's kept part is formed, its factors are copied, the left one once more; before that, a GPU's
+        # decomposition takes the weight, its Gram matrix, the eigenvectors and their product in float64.
+        candidates = (len(ratios) * m * n + (2 * m + n) * rank) * exact
+        by_gram = 8 * (2 * m * n + 3 * rank * rank) if weight.is_cuda else 0
+        evaluated = max(evaluated, decomposition + max(candidates, by_gram))
         decompositions += decomposition
     return chosen + evaluated + (decompositions if plan.comes_back else 0)
 

@@ -14,6 +14,7 @@ from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, dec
 from setar_peft.losses import ClassWeights, LossValues
 from setar_peft.objective import Objective
 from setar_peft.search.fingerprint import SetFingerprint
+from setar_peft.search.memo import BlockMemo
 from setar_peft.search.prefix import SharedPrefix
 from setar_peft.search.processes import Processes
 from setar_peft.search.recording import MemoryBudget, Recording
@@ -99,24 +100,37 @@ class Evaluator(ABC):
 
 
 class FullEvaluator(Evaluator):
-    """A plain callable objective: the model is evaluated in full for each candidate."""
+    """A plain callable objective: the model is evaluated for each candidate, in full but for blocks that are known."""
 
-    def __init__(self, objective: Callable[[nn.Module], float], model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        objective: Callable[[nn.Module], float],
+        model: nn.Module,
+        *args: Any,
+        recording_memory: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, *args, **kwargs)
         self._objective = objective
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self._memo = BlockMemo(model, MemoryBudget(device, recording_memory))
 
     def initial(self) -> LossValues:
         """What the objective says of the model as it is."""
-        return LossValues(float(self._objective(self.model)))
+        return self._evaluated(None)
 
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
         """What the objective says of the model with one layer truncated by each of the ratios."""
         losses = []
         for done, (ratio, matrix) in enumerate(zip(ratios, self.matrices(layer, ratios), strict=True), 1):
             with self.weights[layer].holding(matrix):
-                losses.append(self.initial())
+                losses.append(self._evaluated(layer))
             progress(layer, ratio, done / len(ratios))
         return losses
+
+    def _evaluated(self, layer: str | None) -> LossValues:
+        with self._memo.evaluating(layer):
+            return LossValues(float(self._objective(self.model)))
 
 
 class ReplayEvaluator(Evaluator):

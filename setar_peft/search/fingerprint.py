@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_Item = TypeVar("_Item")
+_Digest = TypeVar("_Digest")
 
 _MODULUS = 2**128
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """A digest of every parameter and buffer: names, shapes, dtypes and values."""
+
+    def digest_of(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        return _digest(f"{name} {tuple(tensor.shape)} {tensor.dtype}", [tensor])
+
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
+    for part in in_threads(digest_of, model.state_dict().items()):
+        digest.update(part)
     return digest.hexdigest()
 
 
@@ -33,11 +42,12 @@ class SetFingerprint:
             inputs: Tensors with one row an example.
             labels: (examples,).
         """
-        for index in range(len(labels)):
-            digest = hashlib.blake2b(str(int(labels[index])).encode(), digest_size=16)
-            for name in sorted(inputs):
-                digest.update(_bytes(inputs[name][index]))
-            self.value = (self.value + int.from_bytes(digest.digest(), "big")) % _MODULUS
+
+        def digest_of(index: int) -> bytes:
+            return _digest(str(int(labels[index])), [inputs[name][index] for name in sorted(inputs)])
+
+        for digest in in_threads(digest_of, range(len(labels))):
+            self.value = (self.value + int.from_bytes(digest, "big")) % _MODULUS
 
     @staticmethod
     def combined(values: list[int]) -> str:
@@ -45,6 +55,16 @@ class SetFingerprint:
         return f"{sum(values) % _MODULUS:032x}"
 
 
-def _bytes(tensor: Tensor) -> memoryview | bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+def in_threads(digest: Callable[[_Item], _Digest], items: Iterable[_Item]) -> list[_Digest]:
+    """Digests of many things, in their order; hashing large buffers leaves other threads room to run."""
+    with ThreadPoolExecutor(thread_name_prefix="setar_peft-digest") as pool:
+        return list(pool.map(digest, items))
+
+
+def _digest(label: str, tensors: Iterable[Tensor]) -> bytes:
+    digest = hashlib.blake2b(label.encode(), digest_size=16)
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -46,16 +46,34 @@ class MemoryBudget:
         self._left: dict[str, float] = {}
         self._file: IO[bytes] | None = None
         total = float("inf") if gibibytes is None else gibibytes * 2**30
+        on_host = _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
         if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            self._left[device.type] = min(total, _SHARE_OF_FREE_MEMORY * free)
-            total -= self._left[device.type]
-        self._left["cpu"] = max(0.0, min(total, _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available))
+            on_device = _SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]
+            self._left = {"cuda": min(total, on_device), "cpu": max(0.0, min(total - on_device, on_host))}
+        else:  # the CPU, or a device that shares its memory
+            self._left = {device.type: min(total, on_host)}
 
     @property
     def left(self) -> float:
         """Bytes that are still free in the budget."""
         return sum(self._left.values())
+
+    def take(self, size: int, place: str) -> bool:
+        """Count bytes that somebody else keeps, if there is room for them.
+
+        Args:
+            size: Bytes.
+            place: Type of the device on which they are.
+        """
+        if size > self._left.get(place, 0):
+            return False
+        self._left[place] -= size
+        return True
+
+    def give_back(self, size: int, place: str) -> None:
+        """Count bytes as free again."""
+        if place in self._left:
+            self._left[place] += size
 
     def keep(self, tensor: Tensor, *, whatever_it_takes: bool = False) -> Kept | None:
         """Keep a tensor where the budget has room for it.
@@ -71,16 +89,10 @@ class MemoryBudget:
             OSError: If it has to go to the disk and that is full.
         """
         size = tensor.numel() * tensor.element_size()
-        for place, left in self._left.items():
-            if size <= left:
-                self._left[place] -= size
+        for place in self._left:
+            if self.take(size, place):
                 return Kept(_in_memory(tensor, place), place, size)
         return self._on_disk(tensor, size) if whatever_it_takes else None
-
-    def release(self, kept: Kept) -> None:
-        """Give the bytes of a kept tensor back."""
-        if kept.place in self._left:
-            self._left[kept.place] += kept.size
 
     def _on_disk(self, tensor: Tensor, size: int) -> Kept:
         if self._file is None:
@@ -208,4 +220,4 @@ class Recording:
 
     def _release(self, kept: Iterable[Kept]) -> None:
         for one in kept:
-            self._budget.release(one)
+            self._budget.give_back(one.size, one.place)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import platform
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from setar_peft.decomposition import Residual, weight_digest
 from setar_peft.losses import LossValues
 from setar_peft.objective import Objective
 from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator
-from setar_peft.search.fingerprint import model_fingerprint
+from setar_peft.search.fingerprint import in_threads, model_fingerprint
 from setar_peft.search.greedy import Decision, greedy_search
 from setar_peft.search.layers import SearchPlan, plan_search
 from setar_peft.search.processes import Processes
@@ -69,7 +70,8 @@ def search_rank_ratios(
 
     Args:
         model: A model without adapters. An `Objective` needs one of a known family; a callable takes any model.
-        objective: What is minimised: an `Objective`, or a callable `model -> float`, evaluated in full each time.
+        objective: What is minimised: an `Objective`, or a callable `model -> float`. Blocks of the model may be
+            replayed while it runs; `recording_memory=0` in the config has everything computed.
         config: Which layers, candidates and order; by default the paper's (W_up, 5 to 40 %, vision then text).
         progress: Show a progress bar on standard error.
         trace_path: Write the trace here after each step, whole or not at all.
@@ -104,15 +106,17 @@ def search_rank_ratios(
             evaluator.restore()
     found = copy.copy(config)
     found.rank_ratios, found.target_modules, found.objective = dict(rank_ratios), set(rank_ratios), None
-    found.known_splits = {
-        name: KnownSplit(
-            SplitSettings(rank_ratios[name], config.prune, config.seed, name),
-            weight_digest(SwappableWeight(name, model.get_submodule(name)).original),
-            residual,
-        )
-        for name, residual in evaluator.residuals.items()
-    }
+    found.known_splits = _known_splits(model, evaluator.residuals, found)
     return SearchResult(rank_ratios, trace, found, evaluator.residuals)
+
+
+def _known_splits(model: nn.Module, residuals: dict[str, Residual], found: SeTARConfig) -> dict[str, KnownSplit]:
+    assert isinstance(found.rank_ratios, dict)
+    weights = [SwappableWeight(name, model.get_submodule(name)).original for name in residuals]
+    return {
+        name: KnownSplit(SplitSettings(found.rank_ratios[name], found.prune, found.seed, name), digest, residual)
+        for (name, residual), digest in zip(residuals.items(), in_threads(weight_digest, weights), strict=True)
+    }
 
 
 def _decide(
@@ -129,6 +133,9 @@ def _decide(
     best = trace.initial.total
     bar.best(best)
 
+    def criterion(losses: LossValues) -> float:
+        return float(getattr(losses, _CRITERIA[config.criterion]))
+
     def evaluate(layer: str, ratios: Sequence[float]) -> list[LossValues]:
         step, work = len(trace.rows), plan.passes_of(layer) * len(ratios)
         if step < len(done.rows):
@@ -138,6 +145,7 @@ def _decide(
             values = evaluator.losses(
                 layer, ratios, lambda _, ratio, share: bar.candidate(location, ratio, share, work)
             )
+            _report_non_finite(layer, ratios, map(criterion, values))
         bar.decided(
             plan.locations[layer], work, min([best, *(value.total for value in values if math.isfinite(value.total))])
         )
@@ -151,7 +159,7 @@ def _decide(
         evaluate,
         evaluator.choose,
         passes=config.passes,
-        criterion=lambda losses: float(getattr(losses, _CRITERIA[config.criterion])),
+        criterion=criterion,
     )
     for decision in decisions:
         best = decision.losses.total
@@ -160,6 +168,16 @@ def _decide(
         if trace_path is not None and len(trace.rows) > len(done.rows):
             trace.save(trace_path)
     return rank_ratios
+
+
+def _report_non_finite(layer: str, ratios: Sequence[float], values: Iterable[float]) -> None:
+    bad = [f"{value} at ratio {ratio}" for ratio, value in zip(ratios, values, strict=True) if not math.isfinite(value)]
+    if bad:
+        warnings.warn(
+            f"Of {layer} some candidates have no finite loss and cannot win: {', '.join(bad)}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _evaluator(
@@ -172,7 +190,13 @@ def _evaluator(
 ) -> Evaluator:
     common = (list(plan.locations), config.prune, config.seed)
     if not isinstance(objective, Objective):
-        return FullEvaluator(objective, model, *common, keep_decompositions=plan.comes_back)
+        return FullEvaluator(
+            objective,
+            model,
+            *common,
+            keep_decompositions=plan.comes_back,
+            recording_memory=config.recording_memory,
+        )
     assert plan.backbone is not None
     return ReplayEvaluator(
         objective,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -107,8 +108,8 @@ class SearchTrace:
         return search_figure(self)
 
     def to_json(self) -> str:
-        """The whole trace as JSON."""
-        return json.dumps(asdict(self), indent=1)
+        """The whole trace as JSON; numbers that are not finite, which JSON has none of, as "nan", "inf" and "-inf"."""
+        return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
         """Write the trace as JSON, whole or not at all: a reader never sees half a file."""
@@ -134,7 +135,7 @@ class SearchTrace:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(
-                LossValues(*data["initial"]),
+                LossValues(*map(_number, data["initial"])),
                 _rows(TraceRow, data["rows"]),
                 _rows(TraceCandidate, data["candidates"]),
                 data["settings"],
@@ -146,4 +147,16 @@ class SearchTrace:
 
 
 def _rows(kind: Any, values: Iterable[Iterable[Any]]) -> list[Any]:
-    return [kind(*row) for row in values]
+    return [kind(*map(_number, row)) for row in values]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf", "-inf") else value
