@@ -1,7 +1,8 @@
 """What a search costs: by replay, against the same search with every candidate evaluated in full through both towers.
 
 Both take the same decisions on the same random CLIP and decompose each weight once. Each runs in a process of its own,
-so that the peak of one is not the other's.
+so that the peak of one is not the other's. In both, glibc keeps freed memory (see docs/search.md), so that work is timed
+and not the page faults of one heap or another; --default-malloc leaves that out.
 
     python benchmarks/search_cost.py                    # ViT-B/32 shapes, 32 images, 50 classes, 8 candidates
     python benchmarks/search_cost.py --candidates 2     # the same ratio, four times sooner
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import sys
@@ -27,6 +29,8 @@ from setar_peft import Objective, SeTARConfig, search_rank_ratios
 from setar_peft.backbones import ImageFeatures, backbone_of
 from setar_peft.losses import LossValues, locoop_sums, locoop_values
 
+# Read by glibc when a process starts.
+KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**29)}
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 SHAPES: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
@@ -193,10 +197,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--default-malloc", action="store_true", help="let glibc give freed memory back")
     parser.add_argument("--progress", action="store_true", help="show the searches' progress bars")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = vars(parser.parse_args())
     target = options.pop("json")
+    if not options["default_malloc"]:
+        os.environ.update(KEEP_FREED_MEMORY)
     results = {}
     for way in ("replay", "full"):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
