@@ -1,8 +1,8 @@
 """What a search costs: by replay, against the same search with every candidate evaluated in full through both towers.
 
 Both take the same decisions on the same random CLIP and decompose each weight once. Each runs in a process of its own,
-so that the peak of one is not the other's. In both, glibc keeps freed memory (see docs/search.md), so that work is timed
-and not the page faults of one heap or another; --default-malloc leaves that out.
+so that the peak of one is not the other's. In both, glibc keeps freed memory (docs/search.md), so that work is timed and
+not the page faults of one heap or another; --default-malloc leaves that out.
 
     python benchmarks/search_cost.py                    # ViT-B/32 shapes, 32 images, 50 classes, 8 candidates
     python benchmarks/search_cost.py --candidates 2     # the same ratio, four times sooner
