@@ -1,8 +1,8 @@
 """What a search costs: by replay, against the same search with every candidate evaluated in full through both towers.
 
 Both take the same decisions on the same random CLIP and decompose each weight once. Each runs in a process of its own,
-so that the peak of one is not the other's. In both, glibc keeps freed memory (docs/search.md), so that work is timed and
-not the page faults of one heap or another; --default-malloc leaves that out.
+so that the peak of one is not the other's. In both, glibc keeps freed memory (docs/search.md), so that work is timed
+and not the page faults of one heap or another; --default-malloc leaves that out.
 
     python benchmarks/search_cost.py                    # ViT-B/32 shapes, 32 images, 50 classes, 8 candidates
     python benchmarks/search_cost.py --candidates 2     # the same ratio, four times sooner
@@ -113,11 +113,11 @@ def count_passes(model: CLIPModel) -> Counter[str]:
     for kind in {type(tower) for tower in backbone_of(model).towers.values()}:
 
         def step(self: Any, entry: Any, level: int, hidden: torch.Tensor, call: Any = kind.step) -> Any:
-            rows[self.name] += len(hidden) * (level < len(self.blocks) - 1)
+            rows[self.name] += entry.rows * (level < len(self.blocks) - 1)
             return call(self, entry, level, hidden)
 
         def finish(self: Any, entry: Any, hidden: torch.Tensor, call: Any = kind.finish) -> Any:
-            rows[self.name] += len(hidden)
+            rows[self.name] += entry.rows
             return call(self, entry, hidden)
 
         kind.step, kind.finish = step, finish  # type: ignore[method-assign]
@@ -140,7 +140,7 @@ def time_of_passes(model: CLIPModel, objective: RandomImages, rows: Counter[str]
             for index in range(24):
                 tower.step(entry, index % len(tower.blocks), entry.hidden)
             _synchronize(device)
-            seconds += (time.perf_counter() - start) / 24 * rows[name] / len(entry.hidden)
+            seconds += (time.perf_counter() - start) / 24 * rows[name] / entry.rows
     return seconds
 
 

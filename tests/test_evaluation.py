@@ -55,7 +55,8 @@ def stock_global_logits(model: Any, objective: LoCoOpObjective, pixels: torch.Te
 def test_global_logits_are_those_of_the_stock_forward(model: Any, objective: Any, pixels: torch.Tensor) -> None:
     expected = stock_global_logits(model, objective, pixels)
     found = image_scores(model, objective, labelled(pixels), scores=["mcm"])
-    torch.testing.assert_close(found.logits, expected)
+    # Cosines times a scale of about 100.
+    torch.testing.assert_close(found.logits, expected, rtol=1e-5, atol=1e-4)
     assert torch.equal(found.labels, LABELS)
     assert found.accuracy == int((expected.argmax(-1) == LABELS).sum()) / 24
 

@@ -17,7 +17,7 @@ def attend(
         values: See `queries`.
         head_dim: Width of one head.
         scale: What the products of queries and keys are multiplied by.
-        mask: (batch, tokens), bool: which tokens may be attended to; by default all.
+        mask: (batch or 1, queries or 1, tokens), bool: which tokens may be attended to; by default all.
     """
     queries, keys, values = (
         part.view(*part.shape[:-1], -1, head_dim).transpose(1, 2) for part in (queries, keys, values)
@@ -25,7 +25,7 @@ def attend(
     # Spelled out, for with so few queries the weights are small, and this repeats the published figures most closely.
     weights = (queries @ keys.transpose(-1, -2)) * scale
     if mask is not None:
-        weights = weights.masked_fill(~mask[:, None, None], -torch.inf)
+        weights = weights.masked_fill(~mask[:, None], -torch.inf)
     attended = weights.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
     return attended.transpose(1, 2).flatten(-2)
 
@@ -55,5 +55,7 @@ def attended_by_first(
     query, key, value = projections
     values, keys = value(normed), key(normed)
     # Contiguous: on a strided input the same product may be summed in another order once the weights are frozen.
-    attended = attend(query(normed[:, :first].contiguous()), keys, values, head_dim, scale, mask)
+    attended = attend(
+        query(normed[:, :first].contiguous()), keys, values, head_dim, scale, None if mask is None else mask[:, None]
+    )
     return torch.cat([attended, values[:, first:]], dim=1)

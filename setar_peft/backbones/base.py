@@ -50,13 +50,15 @@ class TowerInput:
         hidden: Hidden states, (batch, tokens, width).
         args: Further positional arguments of every block.
         kwargs: Keyword arguments of every block.
-        context: What `Tower.finish` needs to know of the inputs.
+        context: What the tower needs to know of the inputs further on.
+        rows: Images, texts or prompts in the batch; a tower may lay its hidden states out in more rows, or fewer.
     """
 
     hidden: Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    context: Any = None
+    context: Any
+    rows: int
 
 
 class Tower(ABC):
@@ -102,7 +104,7 @@ class Tower(ABC):
         """
 
     def context(self, inputs: Mapping[str, Tensor]) -> Any:
-        """What `finish` needs to know of the inputs; nothing by default."""
+        """What the tower needs to know of the inputs further on; nothing by default."""
         del inputs
 
     def enter(self, inputs: Mapping[str, Tensor]) -> TowerInput:
@@ -112,7 +114,7 @@ class Tower(ABC):
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            entered.append(TowerInput(hidden, args[1:], kwargs, self.context(inputs)))
+            entered.append(TowerInput(hidden, args[1:], kwargs, self.context(inputs), len(hidden)))
             raise _FirstBlockReached
 
         handle = self.blocks[0].register_forward_pre_hook(stop, prepend=True, with_kwargs=True)

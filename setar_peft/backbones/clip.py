@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones.attention import attend, attended_by_first
+from setar_peft.backbones.attention import attended_by_first
 from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
+from setar_peft.backbones.prompts import Prompts, block_step, laid_out, last_block_at_ends, shared
 from setar_peft.losses import ClassWeights
 
 
@@ -49,37 +49,30 @@ class _TextTower(Tower):
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
         return self.model.text_model(**inputs)
 
-    def context(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Position of each prompt's end-of-text token, (prompts,), and what it attends to, (prompts, tokens), bool."""
+    def context(self, inputs: Mapping[str, Tensor]) -> Prompts:
+        """Where the prompts end, and what they have in common."""
         ids = inputs["input_ids"]
         end = self.model.config.text_config.eos_token_id
         # Checkpoints from before transformers' PR 24773 carry the id 2 and mean the largest token id.
         ends = ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
-        seen = torch.arange(ids.shape[1], device=ids.device) <= ends[:, None]
-        return ends, seen & inputs["attention_mask"].bool() if "attention_mask" in inputs else seen
+        return laid_out(ids, ends, inputs.get("attention_mask"))
+
+    def enter(self, inputs: Mapping[str, Tensor]) -> TowerInput:
+        """As every tower; the common beginning of the prompts is in a row of its own."""
+        entry = super().enter(inputs)
+        if entry.context.beginning:
+            entry.hidden = shared(entry.hidden, entry.context)
+        return entry
+
+    def step(self, entry: TowerInput, level: int, hidden: Tensor) -> Tensor:
+        """Run one block, the common beginning once."""
+        if entry.context.beginning:
+            return block_step(self.blocks[level], hidden, entry.context)
+        return super().step(entry, level, hidden)
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
-        ends, seen = (part.to(hidden.device) for part in entry.context)
-        pooled = last_block_at(self.blocks[-1], hidden, ends, seen)
+        pooled = last_block_at_ends(self.blocks[-1], hidden, entry.context)
         return (self.model.text_projection(self.model.text_model.final_layer_norm(pooled)),)
-
-
-def last_block_at(block: Any, hidden: Tensor, positions: Tensor, seen: Tensor | None = None) -> Tensor:
-    """One token a row past a block, (batch, width): it alone attends and goes through the MLP.
-
-    Args:
-        block: A block with `layer_norm1`, `self_attn`, `layer_norm2` and `mlp`.
-        hidden: Its input, (batch, tokens, width).
-        positions: Where the token is that is read, (batch,).
-        seen: What that token attends to, (batch, tokens), bool; by default everything.
-    """
-    attention, rows = block.self_attn, torch.arange(len(hidden), device=hidden.device)
-    normed = block.layer_norm1(hidden)
-    keys, values = attention.k_proj(normed), attention.v_proj(normed)
-    query = attention.q_proj(normed[rows, positions][:, None])
-    attended = attend(query, keys, values, attention.head_dim, attention.scale, seen)
-    token = hidden[rows, positions] + attention.out_proj(attended)[:, 0]
-    return token + block.mlp(block.layer_norm2(token))
 
 
 class CLIPBackbone(Backbone):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setar_peft.backbones.base import Tower, TowerInput
-from setar_peft.backbones.clip import CLIPBackbone, last_block_at
+from setar_peft.backbones.clip import CLIPBackbone
+from setar_peft.backbones.prompts import Prompts, last_block_at_ends
 from setar_peft.losses import ClassWeights
 
 
@@ -66,15 +67,17 @@ class _TextTower(Tower):
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
         return self.model.text_model(**inputs)
 
-    def context(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Which tokens are attended to, (prompts, tokens); None for all."""
-        return inputs.get("attention_mask")
+    def context(self, inputs: Mapping[str, Tensor]) -> Prompts:
+        """Where the prompts end: the last token is read, be it padding, as SigLIP was trained on full-length prompts.
+
+        Nothing is shared between prompts, since each token attends to what follows it, too.
+        """
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        return Prompts(0, torch.full((len(ids),), ids.shape[1] - 1), ids.shape[1], mask)
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
-        # The last token is read, be it padding: SigLIP was trained on prompts padded to full length.
-        last = torch.full((len(hidden),), hidden.shape[1] - 1, device=hidden.device)
-        mask = entry.context
-        pooled = last_block_at(self.blocks[-1], hidden, last, None if mask is None else mask.to(hidden.device).bool())
+        pooled = last_block_at_ends(self.blocks[-1], hidden, entry.context)
         return (self.model.text_model.head(self.model.text_model.final_layer_norm(pooled)),)
 
 

@@ -213,13 +213,13 @@ def _probe(
     with FlopCounterMode(display=False) as counter:
         tower.features({name: value[:1] for name, value in _on(device, batches[-1]).items()})
     depth = len(tower.blocks)
-    block_seconds = (middle - start) / max(1, depth - 1) * rows / len(hidden)
+    block_seconds = (middle - start) / max(1, depth - 1) * rows / entry.rows
     return _TowerCost(
         depth,
         counter.get_total_flops() / depth * rows,
         block_seconds,
-        max(0.0, (end - middle) * rows / len(hidden) - block_seconds),
-        _bytes([entry.hidden]) * rows // len(hidden),
+        max(0.0, (end - middle) * rows / entry.rows - block_seconds),
+        _bytes([entry.hidden]) * rows // entry.rows,
         _bytes(features) * rows // len(features[0]),
         memory.peak + shared + _bytes(batches[0].values()),
     )

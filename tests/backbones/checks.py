@@ -80,11 +80,11 @@ def counting_block_passes(model: Any) -> Iterator[Counter[str]]:
         for kind in {type(tower) for tower in backbone_of(model).towers.values()}:
 
             def step(self: Any, entry: Any, level: int, hidden: Any, call: Any = kind.step) -> Any:
-                passes[self.name] += len(hidden) * (level < len(self.blocks) - 1)
+                passes[self.name] += entry.rows * (level < len(self.blocks) - 1)
                 return call(self, entry, level, hidden)
 
             def finish(self: Any, entry: Any, hidden: Any, call: Any = kind.finish) -> Any:
-                passes[self.name] += len(hidden)
+                passes[self.name] += entry.rows
                 return call(self, entry, hidden)
 
             patch.setattr(kind, "step", step)

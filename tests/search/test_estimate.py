@@ -31,7 +31,8 @@ def test_candidates_are_counted(load_clip: Clip, clip_objective: Objective, orde
 
 def test_sizes_are_those_of_the_tensors(load_clip: Clip, clip_objective: Objective) -> None:
     estimate = estimate_cost(load_clip(), clip_objective(), SeTARConfig(order="vision", recording_memory=0.0))
-    vision_level, text_level = 24 * 17 * 64 * 4, 6 * 14 * 48 * 4
+    # Of the prompts, each of at most 14 tokens, the first 5 are the same: one row for them, and one for each prompt.
+    vision_level, text_level = 24 * 17 * 64 * 4, (1 + 6) * (14 - 5) * 48 * 4
     features = 4 * 32 * (24 * 17 + 6)
     assert estimate.recorded_bytes == 4 * vision_level + 3 * text_level + features
     assert (estimate.kept_bytes, estimate.disk_bytes) == (0, vision_level + text_level)

@@ -24,7 +24,7 @@ def test_a_budget_counts_what_it_keeps() -> None:
     assert second is not None
     assert budget.left == pytest.approx(0)
     assert budget.keep(torch.zeros(1)) is None
-    budget.release(first)
+    budget.give_back(first.size, first.place)
     assert budget.left == pytest.approx(400)
     assert budget.keep(torch.zeros(101)) is None
     assert torch.equal(second.load(CPU), torch.ones(150))
