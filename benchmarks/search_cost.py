@@ -46,6 +46,8 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
     },
 }  # fmt: skip
+# CLIP's ids of the start of a text and "a photo of a"; a name of six tokens and the end follow.
+PROMPT_BEGINNING = (49_406, 320, 1125, 539, 320)
 PROMPT_TOKENS = 12
 
 
@@ -57,6 +59,7 @@ class RandomImages(Objective):
         self.pixels = torch.randn(images, 3, image_size, image_size, generator=generator)
         self.labels = torch.randint(classes, (images,), generator=generator)
         ids = torch.randint(1, 49_000, (classes, PROMPT_TOKENS), generator=generator)
+        ids[:, : len(PROMPT_BEGINNING)] = torch.tensor(PROMPT_BEGINNING)
         ids[:, -1] = 49_407
         self.tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         self.top_k = max(1, classes // 3)
