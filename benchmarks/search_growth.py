@@ -4,7 +4,7 @@
 
 Each point is one search in a process of its own on a random CLIP of width 128; time should be linear in images, classes
 and candidates, and quadratic in blocks (a layer's candidates pass the blocks above it). In the last panel the images
-grow while the recordings may hold 64 MiB: what grows then is what stands for the images themselves.
+grow while the recordings may hold 64 MiB: the peak levels off, and what does not fit is computed again or on disk.
 """
 
 from __future__ import annotations
