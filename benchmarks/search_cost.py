@@ -138,11 +138,11 @@ def time_of_passes(model: CLIPModel, objective: RandomImages, rows: Counter[str]
             entry = tower.enter({key: value.to(device) for key, value in inputs[name].items()})
             for _ in range(3):
                 tower.step(entry, 0, entry.hidden)
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             for index in range(24):
                 tower.step(entry, index % len(tower.blocks), entry.hidden)
-            _synchronize(device)
+            synchronize(device)
             seconds += (time.perf_counter() - start) / 24 * rows[name] / entry.rows
     return seconds
 
@@ -162,7 +162,7 @@ def measure(way: str, options: dict[str, Any]) -> dict[str, Any]:
     rows = count_passes(model)
     start = time.perf_counter()
     result = search_rank_ratios(model, target, config, progress=options["progress"])
-    _synchronize(options["device"])
+    synchronize(options["device"])
     seconds = time.perf_counter() - start
     inputs = {"vision": options["images"], "text": options["classes"]}
     passes = {tower: count / inputs[tower] for tower, count in rows.items()}
@@ -185,20 +185,28 @@ def _peak_mebibytes(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
+    """Wait for a GPU to finish."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def add_size_options(
+    parser: argparse.ArgumentParser, *, shape: str, images: int, classes: int, batch_size: int, device: str
+) -> None:
+    """Let the command line say how large a search is and where it runs; the arguments are the defaults."""
+    parser.add_argument("--shape", choices=SHAPES, default=shape)
+    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--classes", type=int, default=classes)
+    parser.add_argument("--candidates", type=int, default=8, choices=range(1, 9))
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
 
 
 def main() -> None:
     """Measure both ways and print their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="base32")
-    parser.add_argument("--images", type=int, default=32)
-    parser.add_argument("--classes", type=int, default=50)
-    parser.add_argument("--candidates", type=int, default=8, choices=range(1, 9))
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    add_size_options(parser, shape="base32", images=32, classes=50, batch_size=32, device="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--default-malloc", action="store_true", help="let glibc give freed memory back")
     parser.add_argument("--progress", action="store_true", help="show the searches' progress bars")

@@ -25,7 +25,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from search_cost import RATIOS, SHAPES, RandomImages, random_clip
+from search_cost import RATIOS, RandomImages, add_size_options, random_clip, synchronize
 from torch.utils.flop_counter import FlopCounterMode
 
 from setar_peft import SeTARConfig, search_rank_ratios
@@ -49,10 +49,10 @@ def measured_peak(device: str, dtype: torch.dtype) -> float:
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         left @ right
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
 
@@ -69,11 +69,6 @@ def peak_rate(device: str, precision: str, dtype: torch.dtype) -> tuple[float, s
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's architecture."""
     return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -103,10 +98,10 @@ def measure(options: argparse.Namespace, precision: str) -> dict[str, Any]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             memory = torch.cuda.memory_allocated()
-        _synchronize(options.device)
+        synchronize(options.device)
         start = time.perf_counter()
         result = search_rank_ratios(model, objective, config, progress=False)
-        _synchronize(options.device)
+        synchronize(options.device)
         seconds = time.perf_counter() - start
         peak = (torch.cuda.max_memory_allocated() - memory) / 2**20 if options.device == "cuda" else None
         os.environ[COMPILE_VARIABLE] = "0"  # the counter sees operations, not fused kernels
@@ -154,13 +149,8 @@ def setup(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Search in each precision, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="base16")
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--candidates", type=int, default=8, choices=range(1, 9))
-    parser.add_argument("--batch-size", type=int, default=250)
+    add_size_options(parser, shape="base16", images=1000, classes=1000, batch_size=250, device="cuda")
     parser.add_argument("--prompt-batch-size", type=int, default=1000)
-    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--precision", nargs="+", default=["bfloat16", "tf32"], choices=["bfloat16", "tf32", "float32"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
     options = parser.parse_args()

@@ -182,10 +182,10 @@ def svd_by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.float(), s.float(), v.T.float().contiguous()
 
 
-def weight_digest(weight: Tensor) -> str:
-    """A digest of a weight's shape, dtype and values: equal for equal weights, wherever they are."""
-    digest = hashlib.blake2b(f"{tuple(weight.shape)} {weight.dtype}".encode())
-    digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def tensor_digest(tensor: Tensor) -> str:
+    """A digest of a tensor's shape, dtype and values: equal for equal tensors, wherever they are."""
+    digest = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ from setar_peft.decomposition import (
     kept_rank,
     residual_rank,
     svd_by_gram,
+    tensor_digest,
 )
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (1, 5), (6, 1)]
@@ -154,6 +155,16 @@ class TestByGram:
         u, s, vh = svd_by_gram(weight)
         by_gram = (u[:, :36] * s[:36]) @ vh[:36]
         assert (by_gram - exact).abs().max() < (decompose(weight).kept(0.25) - exact).abs().max()
+
+
+class TestDigest:
+    def test_equal_tensors_have_equal_digests_and_others_others(self) -> None:
+        weight = _weight((4, 6), torch.float32)
+        assert tensor_digest(weight) == tensor_digest(weight.T.contiguous().T)
+        changed = weight.clone()
+        changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(9.0))
+        others = [changed, weight.T, weight.double(), weight.flatten(), weight[:0], torch.tensor(1.0)]
+        assert len({tensor_digest(tensor) for tensor in [weight, *others]}) == 1 + len(others)
 
 
 class TestRandomStrategy:

@@ -1,4 +1,4 @@
-"""Attention in a tower's last block, where only a few tokens' outputs are read."""
+"""Attention written out, for towers that need less of it than their blocks compute: some queries, or some keys once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def attend(
     queries, keys, values = (
         part.view(*part.shape[:-1], -1, head_dim).transpose(1, 2) for part in (queries, keys, values)
     )
-    # Spelled out, for with so few queries the weights are small, and this repeats the published figures most closely.
+    # No fused kernel: with few queries, or short prompts, the weights are small, and this repeats the published figures
+    # most closely.
     weights = (queries @ keys.transpose(-1, -2)) * scale
     if mask is not None:
         weights = weights.masked_fill(~mask[:, None], -torch.inf)

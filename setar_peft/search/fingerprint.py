@@ -7,26 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from setar_peft.decomposition import tensor_digest
+
 _Item = TypeVar("_Item")
-_Digest = TypeVar("_Digest")
 
 _MODULUS = 2**128
 
 
 def model_fingerprint(model: nn.Module) -> str:
     """A digest of every parameter and buffer: names, shapes, dtypes and values."""
-
-    def digest_of(item: tuple[str, Tensor]) -> bytes:
-        name, tensor = item
-        return _digest(f"{name} {tuple(tensor.shape)} {tensor.dtype}", [tensor])
-
-    digest = hashlib.blake2b(digest_size=16)
-    for part in in_threads(digest_of, model.state_dict().items()):
-        digest.update(part)
-    return digest.hexdigest()
+    state = model.state_dict()
+    digests = in_threads(tensor_digest, state.values())
+    return _combined(f"{name} {digest}" for name, digest in zip(state, digests, strict=True))
 
 
 class SetFingerprint:
@@ -43,11 +37,13 @@ class SetFingerprint:
             labels: (examples,).
         """
 
-        def digest_of(index: int) -> bytes:
-            return _digest(str(int(labels[index])), [inputs[name][index] for name in sorted(inputs)])
+        def digest_of(index: int) -> str:
+            return _combined(
+                [str(int(labels[index])), *(tensor_digest(inputs[name][index]) for name in sorted(inputs))]
+            )
 
         for digest in in_threads(digest_of, range(len(labels))):
-            self.value = (self.value + int.from_bytes(digest, "big")) % _MODULUS
+            self.value = (self.value + int(digest, 16)) % _MODULUS
 
     @staticmethod
     def combined(values: list[int]) -> str:
@@ -55,16 +51,11 @@ class SetFingerprint:
         return f"{sum(values) % _MODULUS:032x}"
 
 
-def in_threads(digest: Callable[[_Item], _Digest], items: Iterable[_Item]) -> list[_Digest]:
+def in_threads(digest: Callable[[_Item], str], items: Iterable[_Item]) -> list[str]:
     """Digests of many things, in their order; hashing large buffers leaves other threads room to run."""
     with ThreadPoolExecutor(thread_name_prefix="setar_peft-digest") as pool:
         return list(pool.map(digest, items))
 
 
-def _digest(label: str, tensors: Iterable[Tensor]) -> bytes:
-    digest = hashlib.blake2b(label.encode(), digest_size=16)
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.digest()
+def _combined(parts: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import nn
 
-from setar_peft.decomposition import Residual, weight_digest
+from setar_peft.decomposition import Residual, tensor_digest
 from setar_peft.losses import LossValues
 from setar_peft.objective import Objective
 from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator
@@ -115,7 +115,7 @@ def _known_splits(model: nn.Module, residuals: dict[str, Residual], found: SeTAR
     weights = [SwappableWeight(name, model.get_submodule(name)).original for name in residuals]
     return {
         name: KnownSplit(SplitSettings(found.rank_ratios[name], found.prune, found.seed, name), digest, residual)
-        for (name, residual), digest in zip(residuals.items(), in_threads(weight_digest, weights), strict=True)
+        for (name, residual), digest in zip(residuals.items(), in_threads(tensor_digest, weights), strict=True)
     }
 
 

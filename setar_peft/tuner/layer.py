@@ -15,7 +15,7 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from setar_peft.decomposition import Residual, decompose, residual_rank, weight_digest
+from setar_peft.decomposition import Residual, decompose, residual_rank, tensor_digest
 from setar_peft.tuner.base_weight import SavedBaseWeight
 from setar_peft.tuner.checkpoint import check_base
 from setar_peft.tuner.forward import Factors, effective_weight
@@ -35,7 +35,7 @@ class KnownSplit(NamedTuple):
 
     Attributes:
         settings: The settings it was computed with.
-        digest: The weight's `weight_digest`.
+        digest: The weight's `tensor_digest`.
         residual: The removed components.
     """
 
@@ -169,7 +169,7 @@ class SeTARLayer(BaseTunerLayer):
                     f"{settings.name} is on the meta device, so its weight cannot be decomposed. Load the base model's "
                     "weights before creating an adapter, or load a saved adapter."
                 )
-            if known is not None and known.settings == settings and known.digest == weight_digest(weight):
+            if known is not None and known.settings == settings and known.digest == tensor_digest(weight):
                 return Residual(known.residual.b0.to(weight.device), known.residual.a0.to(weight.device))
             decomposition = decompose(weight, settings.prune, seed=settings.seed, name=settings.name)  # type: ignore[arg-type]
         return decomposition.residual(settings.rank_ratio)
