@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from setar_peft import Objective, SeTARConfig, search_rank_ratios
 from setar_peft.backbones import ImageFeatures, backbone_of
-from setar_peft.losses import LossValues, locoop_sums, locoop_values
+from setar_peft.objectives.loss import LossValues, locoop_sums, locoop_values
 
 # Read by glibc when a process starts.
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**29)}

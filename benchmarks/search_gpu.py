@@ -29,7 +29,7 @@ from search_cost import RATIOS, RandomImages, add_size_options, random_clip, syn
 from torch.utils.flop_counter import FlopCounterMode
 
 from setar_peft import SeTARConfig, search_rank_ratios
-from setar_peft.losses import COMPILE_VARIABLE
+from setar_peft.objectives.loss import COMPILE_VARIABLE
 
 # Dense peak rates in TFLOP/s, from NVIDIA's data sheets: bfloat16 with float32 sums, TF32.
 PEAKS = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from setar_peft.loading import load_model, load_processor
+from setar_peft.backbones.loading import load_model, load_processor
 from tests.conftest import GOLDEN, read_json
 
 README = Path(__file__).parents[1] / "README.md"

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from setar_peft.backbones.base import Backbone, ImageFeatures, Location, Logits, Tower, TowerInput, named_inputs
+from setar_peft.backbones.base import (
+    Backbone,
+    ClassWeights,
+    ImageFeatures,
+    Location,
+    Logits,
+    Tower,
+    TowerInput,
+    named_inputs,
+)
 from setar_peft.backbones.bert import BertBackbone
 from setar_peft.backbones.clip import CLIPBackbone
 from setar_peft.backbones.deit import DeiTBackbone
@@ -20,6 +29,7 @@ from setar_peft.backbones.vit import ViTBackbone
 
 __all__ = [
     "Backbone",
+    "ClassWeights",
     "ImageFeatures",
     "Location",
     "Logits",

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from setar_peft.losses import ClassWeights
 
 
 class ImageFeatures(NamedTuple):
@@ -26,6 +25,22 @@ class ImageFeatures(NamedTuple):
     pooled: Tensor
     local: Tensor
     mask: Tensor | None = None
+
+
+class ClassWeights(NamedTuple):
+    """The linear map from features to logits: logits = features @ weight.T + bias.
+
+    Attributes:
+        weight: (classes, d), float32; CLIP's logit scale is inside.
+        bias: (classes,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits (..., classes) of features (..., d), float32."""
+        return F.linear(features.float(), self.weight, self.bias)
 
 
 class Logits(NamedTuple):

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from setar_peft.backbones import ClassWeights
 from setar_peft.backbones.base import Backbone
-from setar_peft.losses import ClassWeights
 
 
 class ClassifierBackbone(Backbone):

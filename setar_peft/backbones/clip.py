@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from setar_peft.backbones import ClassWeights
 from setar_peft.backbones.attention import attended_by_first
 from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
 from setar_peft.backbones.prompts import Prompts, block_step, laid_out, last_block_at_ends, shared
-from setar_peft.losses import ClassWeights
 
 
 class _VisionTower(Tower):

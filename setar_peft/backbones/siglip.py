@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from setar_peft.backbones import ClassWeights
 from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.clip import CLIPBackbone
 from setar_peft.backbones.prompts import Prompts, last_block_at_ends
-from setar_peft.losses import ClassWeights
 
 
 def value_path(block: Any, patches: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from setar_peft.backbones.loading import load_model, load_processor, torch_device
+from setar_peft.data.folders import class_names_of, read_folder
+from setar_peft.data.images import ImageSource
 from setar_peft.demo import digits
 from setar_peft.demo.pictures import noise, photograph_crops
 from setar_peft.demo.tiny_clip import STEPS
-from setar_peft.images import ImageSource, class_names_of, read_folder
-from setar_peft.loading import load_model, load_processor, torch_device
-from setar_peft.objective import PROMPT, LoCoOpObjective
+from setar_peft.objectives.locoop import PROMPT, LoCoOpObjective
 
 SEARCH_IMAGES = 100
 GENERATED_OOD_IMAGES = 100

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from setar_peft.evaluation import image_logits
+from setar_peft.detection.evaluation import image_logits
 
 _PIXELS = "pixel_values"
 

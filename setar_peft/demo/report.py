@@ -13,8 +13,8 @@ from rich.table import Table
 
 from setar_peft.decomposition import kept_rank, residual_rank
 from setar_peft.demo.experiment import Experiment
-from setar_peft.evaluation import Evaluation
-from setar_peft.search import SearchTrace
+from setar_peft.detection.evaluation import Evaluation
+from setar_peft.search.trace import SearchTrace
 
 # Figure of `OODMetrics` -> its heading, and whether more is better.
 _FIGURES = {

@@ -22,10 +22,11 @@ import setar_peft
 from setar_peft.demo import report
 from setar_peft.demo.experiment import Experiment
 from setar_peft.demo.reload import fixed_logits, logits_in_a_fresh_process
-from setar_peft.evaluation import Evaluation, evaluate
+from setar_peft.detection.evaluation import Evaluation, evaluate
 from setar_peft.plots import summary_figure
-from setar_peft.search import SearchTrace, search_rank_ratios
-from setar_peft.tuner import SeTARConfig
+from setar_peft.search.run import search_rank_ratios
+from setar_peft.search.trace import SearchTrace
+from setar_peft.tuner.config import SeTARConfig
 
 FIGURE_SCORE = "gl_mcm"
 _COMPARED_IMAGES = 64

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from setar_peft.backbones import Backbone, named_inputs
+from setar_peft.backbones import Backbone, ClassWeights, named_inputs
+from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import residual_rank
-from setar_peft.losses import ClassWeights
-from setar_peft.objective import Objective, encoded_classes
-from setar_peft.search.layers import SearchPlan, plan_search
-from setar_peft.search.memory import PeakMemory
-from setar_peft.search.passes import block_passes
-from setar_peft.search.prefix import SharedPrefix
+from setar_peft.objectives.base import Objective, encoded_classes
+from setar_peft.search.plan import SearchPlan, block_passes, plan_search
 from setar_peft.search.recording import MemoryBudget
-from setar_peft.search.untouched import left_as_it_was
+from setar_peft.search.replay import SharedPrefix
 from setar_peft.tuner.config import SeTARConfig
 
 
@@ -257,3 +257,40 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
+    """Counts the bytes of the tensors that are made while it is active, on any device.
+
+    What a kernel allocates for itself is not seen.
+
+    Attributes:
+        live: Bytes of those that are alive.
+        peak: The most that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's own
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count its results, unless they are views of what was there before."""
+        kwargs = dict(kwargs or {})
+        there = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        results = func(*args, **kwargs)
+        for leaf in tree_leaves(results):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in there and storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata).atexit = False
+        self.peak = max(self.peak, self.live)
+        return results
+
+    def _freed(self, storage: int) -> None:
+        self.live -= self._sizes.pop(storage)

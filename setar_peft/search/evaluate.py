@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, ImageFeatures, Tower, TowerInput, named_inputs
+from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, Tower, TowerInput, named_inputs
 from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, decompose
-from setar_peft.losses import ClassWeights, LossValues
-from setar_peft.objective import Objective
-from setar_peft.search.fingerprint import SetFingerprint
-from setar_peft.search.memo import BlockMemo
-from setar_peft.search.prefix import SharedPrefix
-from setar_peft.search.processes import Processes
+from setar_peft.objectives.base import Objective
+from setar_peft.objectives.loss import LossValues
+from setar_peft.search.processes import OutOfMemoryElsewhere, Processes
 from setar_peft.search.recording import MemoryBudget, Recording
+from setar_peft.search.replay import SharedPrefix
+from setar_peft.search.trace import SetFingerprint
 from setar_peft.search.weights import SwappableWeight
 
 # Called once for each candidate and batch, with the layer, the ratio and the share of the layer's work now done.
@@ -100,37 +101,24 @@ class Evaluator(ABC):
 
 
 class FullEvaluator(Evaluator):
-    """A plain callable objective: the model is evaluated for each candidate, in full but for blocks that are known."""
+    """A plain callable objective: the model is evaluated in full for each candidate, since nothing is known of it."""
 
-    def __init__(
-        self,
-        objective: Callable[[nn.Module], float],
-        model: nn.Module,
-        *args: Any,
-        recording_memory: float | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, objective: Callable[[nn.Module], float], model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self._objective = objective
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self._memo = BlockMemo(model, MemoryBudget(device, recording_memory))
 
     def initial(self) -> LossValues:
         """What the objective says of the model as it is."""
-        return self._evaluated(None)
+        return LossValues(float(self._objective(self.model)))
 
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
         """What the objective says of the model with one layer truncated by each of the ratios."""
         losses = []
         for done, (ratio, matrix) in enumerate(zip(ratios, self.matrices(layer, ratios), strict=True), 1):
             with self.weights[layer].holding(matrix):
-                losses.append(self._evaluated(layer))
+                losses.append(LossValues(float(self._objective(self.model))))
             progress(layer, ratio, done / len(ratios))
         return losses
-
-    def _evaluated(self, layer: str | None) -> LossValues:
-        with self._memo.evaluating(layer):
-            return LossValues(float(self._objective(self.model)))
 
 
 class ReplayEvaluator(Evaluator):
@@ -287,3 +275,86 @@ def _features_from(tower: Tower, entry: TowerInput, level: int, hidden: Tensor) 
     for current in range(level, len(tower.blocks) - 1):
         hidden = tower.step(entry, current, hidden)
     return tower.finish(entry, hidden)
+
+
+_Value = TypeVar("_Value")
+
+
+class SmallerBatches:
+    """An evaluator that is built again, with half the largest batch, when it or another process runs out of memory.
+
+    Args:
+        build: `largest batch -> evaluator`; None leaves the batches as the objective makes them.
+        processes: Those that take part in the search: all halve, or none.
+    """
+
+    def __init__(self, build: Callable[[int | None], Evaluator], processes: Processes) -> None:
+        self._build = build
+        self._processes = processes
+        self._chosen: dict[str, float] = {}
+        self._largest: int | None = None
+        self._present: Evaluator | None = None
+        self._retrying(lambda: self._evaluator)
+
+    @property
+    def residuals(self) -> dict[str, Residual]:
+        """The removed components of the layers that are truncated at present, by module name."""
+        return self._evaluator.residuals
+
+    @property
+    def data_fingerprint(self) -> str | None:
+        """A digest of the data, where the evaluator knows them."""
+        return self._evaluator.data_fingerprint
+
+    def initial(self) -> LossValues:
+        """Losses of the model as it is."""
+        return self._retrying(lambda: self._evaluator.initial())
+
+    def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
+        """Losses with one layer truncated by each of the ratios."""
+        return self._retrying(lambda: self._evaluator.losses(layer, ratios, progress))
+
+    def choose(self, layer: str, rank_ratio: float) -> None:
+        """Truncate a layer for all later evaluations."""
+        self._retrying(lambda: self._evaluator.choose(layer, rank_ratio))
+        self._chosen[layer] = rank_ratio
+
+    def restore(self) -> None:
+        """Put every original weight back."""
+        if self._present is not None:
+            self._present.restore()
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        if self._present is None:
+            self._present = self._build(self._largest)
+            for layer, ratio in self._chosen.items():
+                self._present.choose(layer, ratio)
+        return self._present
+
+    def _retrying(self, compute: Callable[[], _Value]) -> _Value:
+        while True:
+            try:
+                return compute()
+            except torch.OutOfMemoryError as error:  # noqa: PERF203 - the loop is the retrying
+                if not isinstance(error, OutOfMemoryElsewhere):
+                    self._processes.tell_out_of_memory()
+                # What the interrupted frames hold would otherwise stay in memory beside what replaces it.
+                traceback.clear_frames(error.__traceback__)
+                self._halve(error)
+
+    def _halve(self, error: torch.OutOfMemoryError) -> None:
+        present = self._largest if self._present is None else self._present.batch_size
+        present = max(size or 0 for size in self._processes.gathered(present))
+        if present <= 1:
+            raise error
+        self._largest = present // 2
+        warnings.warn(
+            f"Out of memory with {present} images a batch; the search goes on with {self._largest}.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self.restore()
+        self._present = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from setar_peft.losses import LossValues
-from setar_peft.search.orders import Steps
+from setar_peft.objectives.loss import LossValues
+from setar_peft.search.plan import Steps
 
 
 class Candidate(NamedTuple):

@@ -16,18 +16,16 @@ import torch
 import transformers
 from torch import nn
 
+from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import Residual, tensor_digest
-from setar_peft.losses import LossValues
-from setar_peft.objective import Objective
-from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator
-from setar_peft.search.fingerprint import in_threads, model_fingerprint
+from setar_peft.objectives.base import Objective
+from setar_peft.objectives.loss import LossValues
+from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches
 from setar_peft.search.greedy import Decision, greedy_search
-from setar_peft.search.layers import SearchPlan, plan_search
+from setar_peft.search.plan import SearchPlan, plan_search
 from setar_peft.search.processes import Processes
 from setar_peft.search.progress import SearchProgress
-from setar_peft.search.retry import SmallerBatches
-from setar_peft.search.trace import SearchTrace, TraceCandidate, TraceRow
-from setar_peft.search.untouched import left_as_it_was
+from setar_peft.search.trace import SearchTrace, TraceCandidate, TraceRow, in_threads, model_fingerprint
 from setar_peft.search.weights import SwappableWeight
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.layer import KnownSplit, SplitSettings
@@ -70,8 +68,7 @@ def search_rank_ratios(
 
     Args:
         model: A model without adapters. An `Objective` needs one of a known family; a callable takes any model.
-        objective: What is minimised: an `Objective`, or a callable `model -> float`. Blocks of the model may be
-            replayed while it runs; `recording_memory=0` in the config has everything computed.
+        objective: What is minimised: an `Objective`, or a callable `model -> float`, which is evaluated in full.
         config: Which layers, candidates and order; by default the paper's (W_up, 5 to 40 %, vision then text).
         progress: Show a progress bar on standard error.
         trace_path: Write the trace here after each step, whole or not at all.
@@ -190,13 +187,7 @@ def _evaluator(
 ) -> Evaluator:
     common = (list(plan.locations), config.prune, config.seed)
     if not isinstance(objective, Objective):
-        return FullEvaluator(
-            objective,
-            model,
-            *common,
-            keep_decompositions=plan.comes_back,
-            recording_memory=config.recording_memory,
-        )
+        return FullEvaluator(objective, model, *common, keep_decompositions=plan.comes_back)
     assert plan.backbone is not None
     return ReplayEvaluator(
         objective,

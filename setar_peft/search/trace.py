@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from setar_peft.losses import LossValues
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from setar_peft.decomposition import tensor_digest
+from setar_peft.objectives.loss import LossValues
 
 
 class TraceRow(NamedTuple):
@@ -97,16 +99,6 @@ class SearchTrace:
         writer.writerows(self.rows)
         return text.getvalue()
 
-    def plot(self) -> Figure:
-        """The chosen ratios by layer and tower, the loss by step, and every candidate's loss as a heat map.
-
-        Raises:
-            ImportError: If matplotlib is not installed; the extra `demo` has it.
-        """
-        from setar_peft.plots import search_figure
-
-        return search_figure(self)
-
     def to_json(self) -> str:
         """The whole trace as JSON; numbers that are not finite, which JSON has none of, as "nan", "inf" and "-inf"."""
         return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
@@ -160,3 +152,53 @@ def _plain(value: Any) -> Any:
 
 def _number(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+_Item = TypeVar("_Item")
+
+_MODULUS = 2**128
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A digest of every parameter and buffer: names, shapes, dtypes and values."""
+    state = model.state_dict()
+    digests = in_threads(tensor_digest, state.values())
+    return _combined(f"{name} {digest}" for name, digest in zip(state, digests, strict=True))
+
+
+class SetFingerprint:
+    """A digest of a set of labelled examples; neither their order nor how they are batched or sharded changes it."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: Tensors with one row an example.
+            labels: (examples,).
+        """
+
+        def digest_of(index: int) -> str:
+            return _combined(
+                [str(int(labels[index])), *(tensor_digest(inputs[name][index]) for name in sorted(inputs))]
+            )
+
+        for digest in in_threads(digest_of, range(len(labels))):
+            self.value = (self.value + int(digest, 16)) % _MODULUS
+
+    @staticmethod
+    def combined(values: list[int]) -> str:
+        """The digest of the union of several processes' shards."""
+        return f"{sum(values) % _MODULUS:032x}"
+
+
+def in_threads(digest: Callable[[_Item], str], items: Iterable[_Item]) -> list[str]:
+    """Digests of many things, in their order; hashing large buffers leaves other threads room to run."""
+    with ThreadPoolExecutor(thread_name_prefix="setar_peft-digest") as pool:
+        return list(pool.map(digest, items))
+
+
+def _combined(parts: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -6,17 +6,16 @@ import copy
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from setar_peft.decomposition import PRUNE_STRATEGIES, check_rank_ratio
 from setar_peft.tuner.adapter_file import SavedShapes, check_adapter_file, file_digest, find_adapter_file
-from setar_peft.tuner.card import CardFacts, write_model_card
 from setar_peft.tuner.peft_type import SETAR
 
 if TYPE_CHECKING:
@@ -28,6 +27,41 @@ DEFAULT_CANDIDATES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 
 # Fields that live only at run time: they are not written to adapter_config.json.
 _RUNTIME_FIELDS = ("objective", "strict_base", "card")
+
+
+@dataclass
+class CardFacts:
+    """What a card can say beyond an adapter's config. It lives at run time; only the card holds it.
+
+    Attributes:
+        license: The adapter's license, as the Hub spells it ("apache-2.0"); none is claimed by default.
+        tags: Further tags for the Hub.
+        objective: Settings of the objective that the ratios were searched with.
+        metrics: Data set -> metric -> value, for example {"iNaturalist": {"FPR95": 26.9, "AUROC": 94.7}}.
+    """
+
+    license: str | None = None
+    tags: list[str] = field(default_factory=list)
+    objective: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def objective_settings(objective: object) -> dict[str, Any]:
+    """What a card says of an objective: its name, and those of its public attributes that are plain values."""
+    if objective is None:
+        return {}
+    kind = getattr(objective, "__name__", type(objective).__name__)
+    values = getattr(objective, "__dict__", {})
+    plain = {
+        key: value
+        for key, value in values.items()
+        if not key.startswith("_") and isinstance(value, (bool, int, float, str))
+    }
+    names = values.get("class_names")
+    counts = {"classes": len(names)} if isinstance(names, (list, tuple)) else {}
+    if isinstance(objective, Sized):
+        counts["images"] = len(objective)
+    return {"objective": kind, **plain, **counts}
 
 
 @dataclass
@@ -72,6 +106,9 @@ class SeTARConfig(PeftConfig):
     Raises:
         ValueError: If a field has a value outside its range; the message names the field.
     """
+
+    # Writes the model card: `(folder, config, auto_mapping)`. Set by the package, since the Hub stands above the tuner.
+    write_card: ClassVar[Callable[..., None] | None] = None
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
@@ -158,8 +195,9 @@ class SeTARConfig(PeftConfig):
         weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME) if "auto_mapping_dict" in kwargs else None
         self._weights_sha256 = file_digest(weights) if weights is not None and weights.is_file() else None
         super().save_pretrained(save_directory, **kwargs)
-        if self.factors_created:
-            write_model_card(save_directory, self, auto_mapping)
+        write_card = type(self).write_card
+        if self.factors_created and write_card is not None:
+            write_card(save_directory, self, auto_mapping)
 
     @classmethod
     def from_pretrained(
@@ -215,7 +253,7 @@ class SeTARConfig(PeftConfig):
             if not isinstance(getattr(self, name), (str, os.PathLike, type(None))):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; give a string.")
         if not isinstance(self.card, CardFacts):
-            raise ValueError(f"card is {self.card!r}; give a setar_peft.tuner.card.CardFacts.")
+            raise ValueError(f"card is {self.card!r}; give a setar_peft.CardFacts.")
         if not isinstance(self.auto_mapping, (dict, type(None))):
             raise ValueError(f"auto_mapping is {self.auto_mapping!r}; it is a mapping that PEFT writes.")
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from setar_peft.backbones import default_target_modules
 from setar_peft.decomposition import Residual
-from setar_peft.tuner.card import objective_settings
 from setar_peft.tuner.checkpoint import (
     check_adapter_tensors,
     check_base,
@@ -22,7 +21,7 @@ from setar_peft.tuner.checkpoint import (
     check_other_tensors,
     check_shapes,
 )
-from setar_peft.tuner.config import SeTARConfig
+from setar_peft.tuner.config import SeTARConfig, objective_settings
 from setar_peft.tuner.layer import SeTARLayer, SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from setar_peft.tuner.targets import resolve_rank_ratios, targeted_modules

@@ -18,7 +18,7 @@ from transformers import (
 
 from setar_peft import LoCoOpObjective
 from setar_peft.backbones import backbone_of, default_target_modules
-from setar_peft.losses import locoop_sums
+from setar_peft.objectives.loss import locoop_sums
 from tests.backbones import checks
 
 TEXTS = ["the cat sat", "a dog barks at the big tree", "green frog", "ships sail far away today", "cat and dog", "sea"]
@@ -113,7 +113,7 @@ def test_the_padding_mask_can_fail(tiny: Any, tokens: dict[str, Tensor], monkeyp
     objective = checks.make_objective(tokens, count=6)
     masked = objective.losses(tiny)
     monkeypatch.setattr(
-        "setar_peft.objective.locoop_sums",
+        "setar_peft.objectives.locoop.locoop_sums",
         lambda *args, mask, **kwargs: locoop_sums(*args, **kwargs),
     )
     assert objective.losses(tiny).ood_patch_share != pytest.approx(masked.ood_patch_share, abs=1e-3)

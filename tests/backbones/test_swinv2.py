@@ -15,7 +15,7 @@ from transformers import Swinv2Config, Swinv2ForImageClassification
 from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
 from setar_peft.backbones import backbone_of, default_target_modules
 from setar_peft.decomposition import decompose
-from setar_peft.losses import locoop_sums, locoop_values, ood_patch_mask
+from setar_peft.objectives.loss import locoop_sums, locoop_values, ood_patch_mask
 from tests.backbones import checks
 from tests.conftest import GOLDEN, read_json
 

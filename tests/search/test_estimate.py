@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, SeTARConfig, estimate_cost, search_rank_ratios
-from setar_peft.search.memory import PeakMemory
+from setar_peft.search.estimate import PeakMemory
 
 Clip = Callable[..., CLIPModel]
 Objective = Callable[..., LoCoOpObjective]

@@ -11,7 +11,7 @@ from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
 from setar_peft.decomposition import decompose, svd_by_gram
-from setar_peft.losses import LossValues
+from setar_peft.objectives.loss import LossValues
 from setar_peft.search.greedy import greedy_search
 from tests.conftest import GOLDEN, read_json
 

@@ -1,0 +1,1 @@
+"""Images and texts as batches, and where their labels meet class names."""

@@ -1,0 +1,1 @@
+"""What an adapter looks like on the Hub: its model card."""

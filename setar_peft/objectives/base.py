@@ -1,0 +1,136 @@
+"""What a search or a training minimises: an `Objective`, by sums over batches."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of, named_inputs
+from setar_peft.objectives.loss import LossSums, LossValues
+
+if TYPE_CHECKING:
+    pass
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]:
+    """A model's backbone and device, in evaluation mode and without gradients; training flags are put back.
+
+    Args:
+        model: A stock model of a known family, or the same with adapters.
+
+    Raises:
+        ValueError: If the family of the model is not known.
+    """
+    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    backbone = backbone_of(base)
+    training = [module for module in base.modules() if module.training]
+    base.eval()
+    try:
+        with torch.no_grad():
+            yield backbone, next(base.parameters()).device
+    finally:
+        for module in training:
+            module.training = True
+
+
+def encoded_classes(
+    backbone: Backbone,
+    prompt_tokens: Callable[[Backbone], Mapping[str, Tensor]],
+    prompt_batch_size: int,
+    device: torch.device,
+) -> ClassWeights:
+    """The map from features to logits, (classes, d): by class prompts where the model needs them, else its own.
+
+    Args:
+        backbone: The model's backbone.
+        prompt_tokens: `backbone -> tokens` of the prompts, each (classes, tokens); called only where there are prompts.
+        prompt_batch_size: Prompts encoded at once.
+        device: Where the model computes.
+    """
+    text = None
+    if backbone.needs_prompts:
+        tokens = {name: value.to(device) for name, value in prompt_tokens(backbone).items()}
+        text = backbone.text_features(tokens, prompt_batch_size)
+    return backbone.class_weights(text)
+
+
+class Objective(ABC):
+    """A loss over images or texts that adds up batch by batch, so that the search can replay, chunk and reduce it.
+
+    Attributes:
+        prompt_batch_size: Class prompts encoded at once.
+        sums_size: How many numbers `sums` gives.
+    """
+
+    prompt_batch_size: ClassVar[int] = 256
+    sums_size: ClassVar[int] = len(LossSums._fields)
+
+    @abstractmethod
+    def batches(self) -> Iterator[tuple[Tensor | Mapping[str, Tensor], Tensor]]:
+        """Inputs and labels (b,) of every image or text, in the same order each time.
+
+        Inputs are pixel values (b, channels, height, width), or what the model takes, by name.
+        """
+
+    @abstractmethod
+    def class_tokens(self, length: int | None = None) -> Mapping[str, Tensor]:
+        """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
+
+        Args:
+            length: Tokens that every prompt is padded to; by default as many as the longest has. Given only for models
+                that ask for it (SigLIP), so an objective for others need not take it.
+        """
+
+    def prompt_tokens(self, backbone: Backbone) -> Mapping[str, Tensor]:
+        """The class prompts, padded as a backbone needs them."""
+        length = backbone.prompt_length
+        return self.class_tokens() if length is None else self.class_tokens(length)
+
+    @abstractmethod
+    def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
+        """The additive part of the loss of some images: (k,), float64."""
+
+    @abstractmethod
+    def values(self, sums: Tensor) -> LossValues:
+        """The loss and its parts from the sums over all images."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed search has to have in common with the one it continues, as plain values."""
+        return {"type": type(self).__qualname__}
+
+    def shard(self, index: int, count: int) -> Objective:
+        """The part of the images that one of several processes evaluates; together the parts are the whole.
+
+        Args:
+            index: Number of the process, from 0.
+            count: Number of processes.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be sharded over {count} processes; implement shard(index, count), or run "
+            "one process."
+        )
+
+    def losses(self, model: nn.Module) -> LossValues:
+        """The loss of a model and its parts, evaluated in full, in evaluation mode and without gradients.
+
+        Args:
+            model: A stock model of a known family, or the same with adapters.
+        """
+        total: Any = 0.0
+        with evaluation_mode(model) as (backbone, device):
+            classes = encoded_classes(backbone, self.prompt_tokens, self.prompt_batch_size, device)
+            for batch, labels in self.batches():
+                inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}
+                features = backbone.embedded(backbone.image_features(inputs))
+                total = total + self.sums(features, classes, labels.to(device))
+        return self.values(total)
+
+    def __call__(self, model: nn.Module) -> float:
+        """The loss of a model, evaluated in full."""
+        return self.losses(model).total

@@ -1,0 +1,176 @@
+"""The LoCoOp loss on a few labelled in-distribution images, as an `Objective`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from setar_peft.backbones import ClassWeights, ImageFeatures
+from setar_peft.data.images import ImageSource
+from setar_peft.data.texts import NamedInputs
+from setar_peft.objectives.base import Objective
+from setar_peft.objectives.loss import LossValues, locoop_sums, locoop_values
+
+if TYPE_CHECKING:
+    import datasets
+
+PROMPT = "a photo of a {class}"
+
+
+class LoCoOpObjective(Objective):
+    """The LoCoOp loss on a few labelled in-distribution images (paper, Eq. 12), or texts for a text classifier.
+
+    Args:
+        processor: The model's processor. Where nothing is left for it to do, less is enough: the tokenizer if `dataset`
+            holds pixel values already, the image processor for a classifier, which needs no prompts, or None for both.
+        class_names: Names of the in-distribution classes, in the order of the labels; or a classifier's
+            `config.id2label`.
+        dataset: Images: a `datasets.Dataset`, a folder with one subfolder a class, a tensor of pixel values
+            (images, channels, height, width), or a sequence of PIL images. Texts: a sequence of strings, or a
+            `datasets.Dataset` with `text_column`. Either: a mapping from the model's input names to tensors.
+        labels: (images,) class indices; needed for tensors, sequences and mappings. A data set has them in its label
+            column, a folder in its subfolders: by name where they are named after the classes, else in sorted order.
+        ood_weight: lambda, the weight of the OOD loss (paper, Table 10: 0.1 for ImageNet with CLIP-base).
+        top_k: K: a patch is OOD if its true class is not among its K likeliest (paper, Table 10: 300 for ImageNet).
+        prompt: Text with "{class}" in it, or one text a class.
+        batch_size: Images a batch. It does not change the loss.
+        image_column: Name of the data set's image column; by default the one of image type.
+        text_column: Name of the data set's text column, for text classifiers.
+        label_column: Name of the data set's label column.
+
+    Raises:
+        ValueError: If there are fewer than two classes, no images, labels outside the classes, `top_k` outside
+            0 ... classes, a negative or non-finite weight, or a prompt without "{class}".
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        class_names: Sequence[str] | Mapping[int, str],
+        dataset: datasets.Dataset | str | Path | Tensor | Sequence[Any] | Mapping[str, Tensor],
+        labels: Tensor | Sequence[int] | None = None,
+        *,
+        ood_weight: float = 0.1,
+        top_k: int,
+        prompt: str | Sequence[str] = PROMPT,
+        batch_size: int = 64,
+        image_column: str | None = None,
+        text_column: str | None = None,
+        label_column: str | None = None,
+    ) -> None:
+        self.class_names = _checked_names(class_names)
+        self.prompts = _prompts(prompt, self.class_names)
+        self.ood_weight, self.top_k = _checked_loss(ood_weight, top_k, len(self.class_names))
+        settings: dict[str, Any] = {
+            "class_names": self.class_names,
+            "batch_size": batch_size,
+            "label_column": label_column,
+        }
+        self.images: ImageSource | NamedInputs
+        if isinstance(dataset, Mapping) or text_column is not None or _are_texts(dataset):
+            data: Any = dataset
+            self.images = NamedInputs(processor, data, labels, text_column=text_column, **settings)
+        else:
+            self.images = ImageSource(processor, dataset, labels, image_column=image_column, **settings)
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self) -> Iterator[tuple[Tensor | Mapping[str, Tensor], Tensor]]:
+        """Pixel values, or the model's inputs by name, and labels of every image, processed batch by batch."""
+        yield from self.images.batches()
+
+    def class_tokens(self, length: int | None = None) -> dict[str, Tensor]:
+        """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
+
+        Args:
+            length: Tokens that every prompt is padded to; by default as many as the longest has.
+
+        Raises:
+            ValueError: If the processor has no tokenizer.
+        """
+        if not callable(self._tokenizer) or hasattr(self._tokenizer, "preprocess"):
+            raise ValueError(
+                f"The model classifies by prompts, and processor is a {type(self._tokenizer).__name__}, which cannot "
+                "tokenise them. Give the model's processor, or its tokenizer with images as pixel values."
+            )
+        padding: bool | str = True if length is None else "max_length"
+        tokens = self._tokenizer(self.prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
+        return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
+
+    def settings(self) -> dict[str, Any]:
+        """Classes, prompts and the loss's settings."""
+        return {
+            **super().settings(),
+            "classes": self.class_names,
+            "prompts": self.prompts,
+            "ood_weight": self.ood_weight,
+            "top_k": self.top_k,
+            "images": len(self),
+        }
+
+    def shard(self, index: int, count: int) -> LoCoOpObjective:
+        """Every `count`-th image from number `index` on."""
+        part = copy.copy(self)
+        part.images = self.images.shard(index, count)
+        return part
+
+    def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
+        """The LoCoOp loss of some images as sums and counts, (6,) (see `losses.LossSums`).
+
+        Raises:
+            ValueError: If the model has not as many classes as there are names.
+        """
+        if len(classes.weight) != len(self.class_names):
+            raise ValueError(
+                f"The model has {len(classes.weight)} classes, class_names {len(self.class_names)}. Name every class "
+                "that the model tells apart: class_names=model.config.id2label."
+            )
+        pooled, local, mask = features
+        return torch.stack(locoop_sums(pooled, local, classes, labels, top_k=self.top_k, mask=mask))
+
+    def values(self, sums: Tensor) -> LossValues:
+        """The LoCoOp loss and its parts."""
+        return locoop_values(sums, self.ood_weight)
+
+
+def _are_texts(dataset: Any) -> bool:
+    return isinstance(dataset, (list, tuple)) and bool(dataset) and isinstance(dataset[0], str)
+
+
+def _checked_names(class_names: Sequence[str] | Mapping[int, str]) -> list[str]:
+    if isinstance(class_names, Mapping):
+        class_names = [class_names[index] for index in sorted(class_names)]
+    names = [class_names] if isinstance(class_names, str) else list(class_names)
+    if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f"class_names is {names!r}; give the names of at least two in-distribution classes, in the labels' order."
+        )
+    return names
+
+
+def _prompts(prompt: str | Sequence[str], names: Sequence[str]) -> list[str]:
+    if isinstance(prompt, str):
+        if "{class}" not in prompt:
+            raise ValueError(f'prompt is {prompt!r}; put "{{class}}" where the class name goes, as in {PROMPT!r}.')
+        return [prompt.replace("{class}", name) for name in names]
+    if len(prompt) != len(names):
+        raise ValueError(f"prompt has {len(prompt)} texts for {len(names)} classes; give one text a class.")
+    return list(prompt)
+
+
+def _checked_loss(ood_weight: float, top_k: int, classes: int) -> tuple[float, int]:
+    if not isinstance(ood_weight, (int, float)) or not 0 <= ood_weight < float("inf"):
+        raise ValueError(f"ood_weight is {ood_weight!r}; give a finite number of 0 or more, such as the paper's 0.1.")
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= classes:
+        raise ValueError(
+            f"top_k is {top_k!r} with {classes} classes; give an integer from 0 (every patch counts as OOD) to "
+            f"{classes} (none does)."
+        )
+    return float(ood_weight), top_k

@@ -1,0 +1,237 @@
+"""The LoCoOp loss as sums and counts, so that it does not depend on how the data is cut.
+
+Loss = ID loss + lambda * OOD loss (paper, Eq. 12): the mean over images of the cross entropy, and the mean over all
+OOD patches of the set of minus the entropy (Eq. 11). A patch is OOD if its true class is not among its top K (Eq. 10).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from setar_peft.backbones import ClassWeights
+
+# Local logits formed at once, as a number of elements: they stay within a processor's cache or a sliver of a GPU's
+# memory, and an image set's images x patches x classes never exists as a whole.
+LOCAL_LOGITS_CHUNK = {"cpu": 2**18, "cuda": 2**26}
+
+# Whether torch.compile fuses what is computed of local logits: "1" always, "0" never; by default on CUDA with Triton.
+COMPILE_VARIABLE = "SETAR_PEFT_COMPILE"
+
+
+class LossSums(NamedTuple):
+    """What adds up over batches and processes; each is a float64 scalar (float32 where the device has no float64).
+
+    Attributes:
+        id_loss: Sum over images of the cross entropy.
+        images: Number of images.
+        ood_loss: Sum over OOD patches of minus the entropy.
+        ood_patches: Number of OOD patches.
+        patches: Number of patches.
+        correct: Number of images whose largest logit is the true class's.
+    """
+
+    id_loss: Tensor
+    images: Tensor
+    ood_loss: Tensor
+    ood_patches: Tensor
+    patches: Tensor
+    correct: Tensor
+
+
+class LossValues(NamedTuple):
+    """The loss of a set and its parts.
+
+    Attributes:
+        total: ID loss + lambda * OOD loss.
+        id_loss: Mean cross entropy over images.
+        ood_loss: Mean of minus the entropy over OOD patches; 0 where there are none.
+        accuracy: Share of images classified right, 0 to 1.
+        ood_patch_share: Share of patches that are OOD, 0 to 1.
+    """
+
+    total: float
+    id_loss: float = math.nan
+    ood_loss: float = math.nan
+    accuracy: float = math.nan
+    ood_patch_share: float = math.nan
+
+
+def ood_patch_mask(local_logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
+    """Which patches do not have the true class among their top K (paper, Eq. 10).
+
+    The rank of the true class is a count of larger logits; ties are in its favour.
+
+    Args:
+        local_logits: (images, patches, classes).
+        labels: (images,) class indices.
+        top_k: K, 0 to the number of classes: 0 makes every patch OOD, the number of classes none.
+
+    Returns:
+        (images, patches), bool.
+    """
+    true = local_logits.gather(-1, labels.view(-1, 1, 1).expand(-1, local_logits.shape[1], 1))
+    return (local_logits > true).sum(-1) >= top_k
+
+
+def negative_entropy(logits: Tensor, eps: float = 1e-5) -> Tensor:
+    """Minus the entropy of softmax(logits), sum p log(p + eps), over the last axis (paper, Eq. 11).
+
+    Args:
+        logits: (..., classes).
+        eps: Added inside the logarithm, as in the published code; 0 gives the exact entropy.
+
+    Returns:
+        (...), in [-log classes, about 0].
+    """
+    log_probabilities = logits.log_softmax(-1)
+    probabilities = log_probabilities.exp()
+    if eps:
+        return (probabilities * (probabilities + eps).log()).sum(-1)
+    return (probabilities * log_probabilities).sum(-1)
+
+
+def locoop_sums(
+    pooled: Tensor,
+    local: Tensor,
+    classes: ClassWeights,
+    labels: Tensor,
+    *,
+    top_k: int,
+    eps: float = 1e-5,
+    mask: Tensor | None = None,
+    on_ood_patches: Callable[[Tensor], None] | None = None,
+) -> LossSums:
+    """The summed LoCoOp loss of some images.
+
+    Args:
+        pooled: (images, d) features of the whole images, as `classes` takes them.
+        local: (images, patches, d) features of the patches.
+        classes: The map to logits.
+        labels: (images,) class indices.
+        top_k: K of Eq. 10.
+        eps: Of the entropy (see `negative_entropy`).
+        mask: (images, patches), bool: which patches there are; by default all. The others count for nothing.
+        on_ood_patches: Called with the logits of OOD patches, (patches, classes), chunk by chunk.
+    """
+    exact = torch.float32 if pooled.device.type == "mps" else torch.float64
+    logits = classes.logits(pooled)
+    images, patches = local.shape[:2]
+    rows = local.flatten(0, 1)
+    row_labels = labels.repeat_interleave(patches)
+    if mask is not None:
+        rows, row_labels = rows[mask.flatten()], row_labels[mask.flatten()]
+    ood_loss = torch.zeros((), dtype=exact, device=logits.device)
+    ood_patches = torch.zeros((), dtype=exact, device=logits.device)
+    sums_of_patches = _fused_patch_sums() if _fuses(rows.device) else _patch_sums
+    chunk = LOCAL_LOGITS_CHUNK.get(rows.device.type, 2**24) // max(1, logits.shape[1])
+    # With K classes or more in the top K no patch is OOD, and the local logits need not exist.
+    for start in range(0, len(rows) if top_k < logits.shape[1] else 0, max(1, chunk)):
+        part = slice(start, start + max(1, chunk))
+        local_logits = classes.logits(rows[part])
+        is_ood, negative_entropies = sums_of_patches(local_logits, row_labels[part], top_k, eps, exact)
+        ood_loss += negative_entropies
+        ood_patches += is_ood.sum()
+        if on_ood_patches is not None:
+            on_ood_patches(local_logits[is_ood])
+    return LossSums(
+        F.cross_entropy(logits, labels, reduction="none").sum(dtype=exact),
+        torch.full((), images, dtype=exact, device=logits.device),
+        ood_loss,
+        ood_patches,
+        torch.full((), len(rows), dtype=exact, device=logits.device),
+        (logits.argmax(-1) == labels).sum().to(exact),
+    )
+
+
+def _patch_sums(logits: Tensor, labels: Tensor, top_k: int, eps: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which patches are OOD, (patches,), and the sum of minus their entropies: all that is made of local logits.
+
+    Entropies are computed of every patch, since a GPU would have to wait to learn how many are OOD; a compiler makes
+    one pass over memory of it.
+    """
+    is_ood = ood_patch_mask(logits[:, None], labels, top_k)[:, 0]
+    return is_ood, torch.where(is_ood, negative_entropy(logits, eps), 0).sum(dtype=exact)
+
+
+def _fuses(device: torch.device) -> bool:
+    wanted = os.environ.get(COMPILE_VARIABLE)
+    if wanted is not None:
+        return wanted == "1"
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _fused_patch_sums() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`_patch_sums` through torch.compile, or as it is from the first time on that it cannot be compiled."""
+    compiled: Callable[..., tuple[Tensor, Tensor]] | None = torch.compile(_patch_sums)
+
+    def patch_sums(*args: Any) -> tuple[Tensor, Tensor]:
+        nonlocal compiled
+        if compiled is not None:
+            try:
+                return compiled(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                compiled = None
+                warnings.warn(
+                    f"The loss over local logits cannot be compiled and runs unfused, to the same result: {error} "
+                    f"Set {COMPILE_VARIABLE}=0 not to try.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        return _patch_sums(*args)
+
+    return patch_sums
+
+
+def locoop_values(sums: LossSums | Tensor, ood_weight: float) -> LossValues:
+    """The loss of a set from its sums (paper, Eq. 12).
+
+    Args:
+        sums: The sums over the whole set, or the same stacked into a tensor (6,).
+        ood_weight: lambda.
+    """
+    id_sum, images, ood_sum, ood_patches, patches, correct = (float(value) for value in sums)
+    id_loss = id_sum / images
+    ood_loss = ood_sum / ood_patches if ood_patches else 0.0
+    share = ood_patches / patches if patches else 0.0
+    return LossValues(id_loss + ood_weight * ood_loss, id_loss, ood_loss, correct / images, share)
+
+
+def locoop_loss(
+    global_logits: Tensor,
+    local_logits: Tensor,
+    labels: Tensor,
+    *,
+    ood_weight: float,
+    top_k: int,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The LoCoOp loss of one batch of logits, differentiable (paper, Eq. 10 to 12).
+
+    Args:
+        global_logits: (images, classes).
+        local_logits: (images, patches, classes).
+        labels: (images,) class indices.
+        ood_weight: lambda, the weight of the OOD loss.
+        top_k: K of Eq. 10.
+        eps: Of the entropy (see `negative_entropy`).
+
+    Returns:
+        The loss, a float32 scalar.
+    """
+    is_ood = ood_patch_mask(local_logits.detach(), labels, top_k)
+    id_loss = F.cross_entropy(global_logits.float(), labels)
+    ood_loss = negative_entropy(local_logits[is_ood].float(), eps).sum() / is_ood.sum().clamp(min=1)
+    return id_loss + ood_weight * ood_loss

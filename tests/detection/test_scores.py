@@ -1,0 +1,381 @@
+"""Scores against the published code's figures, closed forms and double-precision counting."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from setar_peft.detection import scores
+from setar_peft.detection.scores import SCORES, find_score, gl_mcm, local_mcm, score
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GLOBAL_SCORES = [name for name, entry in SCORES.items() if not entry.needs_local]
+# The published code's names; its figures have the sign turned: there lower means ID.
+PUBLISHED = {
+    "mcm": "mcm_score",
+    "msp": "mcm_score",
+    "local_mcm": "l_mcm_score",
+    "gl_mcm": "gl_mcm_score",
+    "energy": "energy_score",
+    "entropy": "entropy_score",
+    "variance": "var_score",
+}
+
+
+@pytest.fixture(scope="module")
+def logits() -> tuple[Tensor, Tensor]:
+    """Global (40, 7) and local (40, 9, 7) logits with the spread of CLIP's."""
+    generator = torch.Generator().manual_seed(0)
+    return (
+        20 + 3 * torch.randn(40, 7, generator=generator),
+        20 + 3 * torch.randn(40, 9, 7, generator=generator),
+    )
+
+
+def softmax_in_double(logits: list[float], temperature: float) -> list[float]:
+    weights = [math.exp(logit / temperature) for logit in logits]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def one_by_one(name: str, image: list[float], patches: list[list[float]], temperature: float) -> float:
+    """The definition of each score for one image, in Python's floats."""
+    probabilities = softmax_in_double(image, temperature)
+    largest_of_patches = max(max(softmax_in_double(patch, temperature)) for patch in patches)
+    mean = math.fsum(probabilities) / len(probabilities)
+    return {
+        "mcm": max(probabilities),
+        "msp": max(probabilities),
+        "local_mcm": largest_of_patches,
+        "gl_mcm": max(probabilities) + largest_of_patches,
+        "max_logit": max(image) / temperature,
+        "energy": temperature * math.log(math.fsum(math.exp(logit / temperature) for logit in image)),
+        "entropy": math.fsum(p * math.log(p) for p in probabilities),
+        "variance": math.fsum((p - mean) ** 2 for p in probabilities) / len(probabilities),
+    }[name]
+
+
+class LargestFloat32(TorchDispatchMode):
+    """Records the number of elements of the largest float32 tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+@pytest.mark.parametrize(("backbone", "temperature"), [("clip", 1), ("clip", 100), ("swin", 1)])
+def test_published_figures(golden: Path, backbone: str, temperature: int, name: str) -> None:
+    tensors = load_file(golden / f"tensors_{backbone}_tiny.safetensors")
+    ours = score(
+        name,
+        tensors["logits_global"],
+        tensors["logits_local"].flatten(1, 2),
+        temperature=temperature,
+    )
+    published = -tensors[f"score.T{temperature}.{PUBLISHED[name]}"]
+    assert ours.dtype == torch.float32
+    assert ours.shape == (24,)
+    torch.testing.assert_close(ours.double(), published, rtol=1e-6, atol=2e-7)
+
+
+def test_figures_tell_the_published_variance_and_entropy_from_their_neighbours(golden_clip) -> None:
+    """The comparison above would see an unbiased variance or the 1e-5 of the loss inside the entropy."""
+    p = golden_clip["logits_global"].double().softmax(-1)
+    variance, entropy = -golden_clip["score.T1.var_score"], -golden_clip["score.T1.entropy_score"]
+    assert (p.var(-1, correction=1) - variance).abs().max() > 1e-2
+    assert ((p * (p + 1e-5).log()).sum(-1) - entropy).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0])
+def test_definition_image_by_image(logits, name: str, temperature: float) -> None:
+    global_logits, local_logits = logits
+    expected = [
+        one_by_one(name, image, patches, temperature)
+        for image, patches in zip(global_logits.tolist(), local_logits.tolist(), strict=True)
+    ]
+    ours = score(name, global_logits, local_logits, temperature=temperature)
+    torch.testing.assert_close(ours.double(), torch.tensor(expected).double(), rtol=2e-6, atol=1e-6)
+
+
+def test_two_classes_in_closed_form() -> None:
+    gap, temperature = torch.linspace(-6, 6, 25), 2.0
+    logits = torch.stack([gap, torch.zeros_like(gap)], dim=-1)
+    p = torch.sigmoid(gap.double().abs() / temperature)
+    expected = {
+        "mcm": p,
+        "msp": p,
+        "max_logit": gap.double().clamp(min=0) / temperature,
+        "energy": temperature * torch.nn.functional.softplus(gap.double() / temperature),
+        "entropy": p * p.log() + (1 - p) * (1 - p).log(),
+        "variance": (p - 0.5) ** 2,
+    }
+    assert sorted(expected) == sorted(GLOBAL_SCORES)
+    for name, values in expected.items():
+        torch.testing.assert_close(score(name, logits, temperature=temperature).double(), values)
+
+
+def test_pooling_by_hand() -> None:
+    """Two patches that are sure of different classes: sure as patches, undecided as classes."""
+    local_logits = torch.tensor([[[4.0, 0.0], [0.0, 4.0]]])
+    sure = torch.sigmoid(torch.tensor([4.0]))
+    torch.testing.assert_close(local_mcm(local_logits), sure)
+    torch.testing.assert_close(local_mcm(local_logits, pooling="class"), torch.tensor([0.5]))
+    undecided = torch.zeros(1, 2)
+    torch.testing.assert_close(gl_mcm(undecided, local_logits), 0.5 + sure)
+    torch.testing.assert_close(gl_mcm(undecided, local_logits, pooling="class"), torch.tensor([1.0]))
+
+
+def test_pooling_is_the_same_for_one_patch_and_follows_the_temperature(logits) -> None:
+    global_logits, local_logits = logits
+    one_patch = local_logits[:, :1]
+    torch.testing.assert_close(local_mcm(one_patch, 3.0), scores.mcm(one_patch[:, 0], 3.0))
+    torch.testing.assert_close(local_mcm(one_patch, 3.0, "class"), scores.mcm(one_patch[:, 0], 3.0))
+    torch.testing.assert_close(local_mcm(local_logits, 3.0, "class"), scores.mcm(local_logits.amax(1) / 3.0, 1.0))
+    both = gl_mcm(global_logits, local_logits, 3.0, "class")
+    torch.testing.assert_close(
+        both, scores.mcm(global_logits, 3.0) + local_mcm(local_logits, 3.0, "class"), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_surer_images_score_higher(name: str) -> None:
+    """Higher means more in-distribution, for every score: from equal logits to one that stands out."""
+    lead = torch.arange(0, 12, 0.5)
+    global_logits = torch.zeros(24, 5).index_put((torch.arange(24), torch.arange(24) % 5), lead)
+    local_logits = torch.stack([torch.zeros(24, 5), global_logits], dim=1)
+    assert (score(name, global_logits, local_logits).diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 1000.0])
+def test_stays_in_its_range(logits, name: str, temperature: float) -> None:
+    global_logits, local_logits = logits
+    classes = global_logits.shape[1]
+    largest = global_logits.amax(-1)
+    low, high = {
+        "mcm": (1 / classes, 1.0),
+        "msp": (1 / classes, 1.0),
+        "local_mcm": (1 / classes, 1.0),
+        "gl_mcm": (2 / classes, 2.0),
+        "max_logit": (largest / temperature, largest / temperature),
+        "energy": (largest, largest + temperature * math.log(classes)),
+        "entropy": (-math.log(classes), 0.0),
+        "variance": (0.0, (classes - 1) / classes**2),
+    }[name]
+    found = score(name, global_logits, local_logits, temperature=temperature)
+    rounding = 1e-6 * found.abs().max()
+    assert (found >= low - rounding).all()
+    assert (found <= high + rounding).all()
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_algebra(logits, name: str) -> None:
+    """Only the set of logits counts: not their level, nor the order of classes, patches and images."""
+    global_logits, local_logits = logits
+    plain = score(name, global_logits, local_logits)
+    generator = torch.Generator().manual_seed(1)
+    classes = torch.randperm(7, generator=generator)
+    patches = torch.randperm(9, generator=generator)
+    images = torch.randperm(40, generator=generator)
+
+    shuffled = score(name, global_logits[:, classes], local_logits[:, patches][:, :, classes])
+    torch.testing.assert_close(shuffled, plain)
+    by_order = score(name, global_logits[images], local_logits[images])
+    assert torch.equal(by_order, plain[images])
+
+    raised = score(name, global_logits + 4.0, local_logits + 4.0)
+    torch.testing.assert_close(raised, plain + (4.0 if name in ("max_logit", "energy") else 0.0))
+    divided = score(name, global_logits / 8.0, local_logits / 8.0)
+    at_temperature = score(name, global_logits, local_logits, temperature=8.0)
+    torch.testing.assert_close(at_temperature, divided * (8.0 if name == "energy" else 1.0))
+
+
+def test_energy_tends_to_the_largest_logit(logits) -> None:
+    global_logits, _ = logits
+    torch.testing.assert_close(
+        scores.energy(global_logits, temperature=1e-3), scores.max_logit(global_logits), rtol=0, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("images", [0, 1])
+def test_no_image_and_one_image(logits, name: str, images: int) -> None:
+    global_logits, local_logits = logits
+    few = score(name, global_logits[:images], local_logits[:images])
+    assert few.shape == (images,)
+    assert few.dtype == torch.float32
+    assert torch.equal(few, score(name, global_logits, local_logits)[:images])
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_one_class_and_impossible_classes_are_numbers(name: str) -> None:
+    one_class = score(name, torch.full((3, 1), 5.0), torch.full((3, 2, 1), 5.0))
+    assert one_class.isfinite().all()
+    ruled_out = torch.tensor([[3.0, 1.0, -math.inf]])
+    without = ruled_out[:, :2]
+    if name != "variance":  # the mean over classes counts those ruled out
+        torch.testing.assert_close(score(name, ruled_out, ruled_out[:, None]), score(name, without, without[:, None]))
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_is_computed_in_float32(logits, name: str, dtype: torch.dtype) -> None:
+    global_logits, local_logits = (tensor.to(dtype) for tensor in logits)
+    # A temperature whose division rounds, so that dividing in the model's dtype would show.
+    ours = score(name, global_logits, local_logits, temperature=3.0)
+    assert ours.dtype == torch.float32
+    in_float32 = score(name, global_logits.float(), local_logits.float(), temperature=3.0)
+    assert torch.equal(ours, in_float32)
+
+
+def test_bfloat16_logits_keep_distinct_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    global_logits = (20 + 4 * torch.randn(400, 1000, generator=generator)).bfloat16()
+    local_logits = (20 + 8 * torch.randn(400, 4, 1000, generator=generator)).bfloat16()
+    ours = gl_mcm(global_logits, local_logits)
+    assert len(ours.unique()) > 390
+    # What the guard is for: the same in the model's own dtype.
+    in_bfloat16 = global_logits.softmax(-1).amax(-1) + local_logits.softmax(-1).amax((1, 2))
+    assert len(in_bfloat16.unique()) < 130
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("chunk_numel", [1, 130, 1000])
+def test_chunks_change_nothing(logits, monkeypatch, name: str, chunk_numel: int) -> None:
+    whole = score(name, *logits)
+    monkeypatch.setattr(scores, "_CHUNK_NUMEL", chunk_numel)
+    assert torch.equal(score(name, *logits), whole)
+
+
+@pytest.mark.parametrize("pooling", ["patch", "class"])
+def test_no_float32_copy_of_the_set(logits, monkeypatch, pooling) -> None:
+    global_logits, local_logits = (tensor.bfloat16() for tensor in logits)
+    budget = 4 * local_logits[0].numel()
+    monkeypatch.setattr(scores, "_CHUNK_NUMEL", budget)
+    with LargestFloat32() as largest:
+        gl_mcm(global_logits, local_logits, pooling=pooling)
+    assert local_logits[0].numel() <= largest.numel <= budget
+    monkeypatch.setattr(scores, "_CHUNK_NUMEL", 10**9)
+    with LargestFloat32() as largest:
+        gl_mcm(global_logits, local_logits, pooling=pooling)
+    assert largest.numel == local_logits.numel()
+
+
+def test_default_chunk_holds_many_real_images() -> None:
+    assert 4 * scores._CHUNK_NUMEL <= 64 * 2**20
+    assert scores._CHUNK_NUMEL // (14 * 14 * 1000) >= 64
+
+
+def test_inputs_are_left_alone(logits) -> None:
+    before = [tensor.clone() for tensor in logits]
+    for name in SCORES:
+        score(name, *logits, temperature=2.0)
+    assert all(torch.equal(now, then) for now, then in zip(logits, before, strict=True))
+
+
+def test_every_score_is_named_once() -> None:
+    public = {
+        name
+        for name, function in inspect.getmembers(scores, inspect.isfunction)
+        if function.__module__ == scores.__name__ and not name.startswith("_")
+    }
+    assert public - {"score", "find_score"} == set(SCORES)
+    for name, entry in SCORES.items():
+        assert entry.function is getattr(scores, name)
+        arguments = list(inspect.signature(entry.function).parameters)
+        assert arguments[: len(entry.reads)] == [f"{kind}_logits" for kind in entry.reads]
+        assert find_score(name) is entry
+    assert {name for name, entry in SCORES.items() if entry.needs_local} == {"local_mcm", "gl_mcm"}
+
+
+@pytest.mark.parametrize("name", GLOBAL_SCORES)
+def test_local_logits_are_optional_and_unread_where_not_needed(logits, name: str) -> None:
+    global_logits, local_logits = logits
+    assert torch.equal(score(name, global_logits), score(name, global_logits, local_logits))
+
+
+def message_of(function, *args, **kwargs) -> str:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
+        function(*args, **kwargs)
+    return str(raised.value)
+
+
+def test_unknown_score() -> None:
+    for call in (lambda: score("mmc", torch.zeros(2, 3)), lambda: find_score("mmc")):
+        message = message_of(call)
+        assert "'mmc'" in message
+        assert all(repr(name) in message for name in SCORES)
+
+
+@pytest.mark.parametrize("name", ["local_mcm", "gl_mcm"])
+def test_missing_local_logits(name: str) -> None:
+    message = message_of(score, name, torch.zeros(2, 3))
+    assert repr(name) in message
+    assert "local_logits and got None" in message
+    assert "(n, patches, classes)" in message
+    assert all(repr(other) in message for other in GLOBAL_SCORES)
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_bad_temperature(logits, name: str, temperature: float) -> None:
+    message = message_of(score, name, *logits, temperature=temperature)
+    assert f"temperature is {temperature!r}" in message
+    assert "positive number" in message
+
+
+@pytest.mark.parametrize("name", GLOBAL_SCORES)
+def test_bad_global_logits(name: str) -> None:
+    message = message_of(score, name, torch.zeros(5))
+    assert "global_logits" in message
+    assert "(5,), 1 dimensions" in message
+    assert "give 2: (n, classes)" in message
+    message = message_of(score, name, torch.zeros(2, 5, dtype=torch.int64))
+    assert "global_logits have dtype torch.int64" in message
+    assert "floating" in message
+    message = message_of(score, name, torch.zeros(2, 0))
+    assert "global_logits have shape (2, 0), no classes" in message
+
+
+def test_bad_local_logits() -> None:
+    message = message_of(local_mcm, torch.zeros(2, 4, 4, 3))
+    assert "local_logits have shape (2, 4, 4, 3), 4 dimensions" in message
+    assert "give 3: (n, patches, classes)" in message
+    assert "flatten(1, 2)" in message
+    message = message_of(local_mcm, torch.zeros(2, 3))
+    assert "2 dimensions" in message
+    assert "flatten" not in message
+    assert "no patches" in message_of(local_mcm, torch.zeros(2, 0, 3))
+    assert "no classes" in message_of(local_mcm, torch.zeros(2, 4, 0))
+    assert "torch.bool" in message_of(local_mcm, torch.zeros(2, 4, 3, dtype=torch.bool))
+
+
+def test_unknown_pooling() -> None:
+    for function, args in ((local_mcm, ()), (gl_mcm, (torch.zeros(2, 3),))):
+        message = message_of(function, *args, torch.zeros(2, 4, 3), pooling="mean")
+        assert "pooling is 'mean'" in message
+        assert "'patch'" in message
+        assert "'class'" in message
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 3), (2, 4, 5)])
+def test_global_and_local_logits_of_different_sets(shape: tuple[int, ...]) -> None:
+    message = message_of(gl_mcm, torch.zeros(2, 3), torch.zeros(shape))
+    assert "(2, 3)" in message
+    assert str(shape) in message
+    assert "same n images" in message
+    assert "same classes" in message

@@ -1,0 +1,143 @@
+"""Objectives: prompts, settings and refusals of the LoCoOp objective, and what an objective of one's own needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPModel
+
+from setar_peft import LoCoOpObjective, Objective, SeTARConfig, search_rank_ratios
+from setar_peft.backbones import ClassWeights, ImageFeatures
+from setar_peft.objectives.loss import LossValues, locoop_loss
+from tests.backbones import checks
+
+Clip = Callable[..., CLIPModel]
+MakeObjective = Callable[..., LoCoOpObjective]
+
+
+def test_the_loss_of_a_model_is_the_published_one(
+    load_clip: Clip, clip_objective: MakeObjective, golden_clip: dict[str, Tensor]
+) -> None:
+    objective = clip_objective(ood_weight=0.25, top_k=3, batch_size=7)
+    total, id_loss, ood_loss = golden_clip["loss.lam0.25.k3"].tolist()
+    values = objective.losses(load_clip())
+    assert values[:3] == pytest.approx((total, id_loss, ood_loss), rel=2e-5)
+    assert objective(load_clip()) == values.total
+
+
+def test_a_model_is_evaluated_in_evaluation_mode_and_left_in_its_own(
+    load_clip: Clip, clip_objective: MakeObjective
+) -> None:
+    model = load_clip()
+    expected = clip_objective()(model)
+    model.train()
+    model.vision_model.encoder.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    assert clip_objective()(model) == expected
+    assert [module.training for module in model.modules()] == before
+
+
+def test_prompts() -> None:
+    texts: list[str] = []
+
+    class Listening(checks.WordTokenizer):
+        def __call__(self, prompts: list[str], **settings: Any) -> dict[str, Tensor]:
+            texts.extend(prompts)
+            return super().__call__(prompts, **settings)
+
+    images = checks.random_images(4, 3, 8, 8)
+    made = {
+        "a photo of a {class}": ["a photo of a cat", "a photo of a dog"],
+        "{class}, a kind of {class}": ["cat, a kind of cat", "dog, a kind of dog"],
+    }
+    for prompt, expected in made.items():
+        texts.clear()
+        LoCoOpObjective(Listening(), ["cat", "dog"], images, [0, 1, 0, 1], top_k=1, prompt=prompt).class_tokens()
+        assert texts == expected
+    texts.clear()
+    own = ["feline", "canine"]
+    LoCoOpObjective(Listening(), {1: "dog", 0: "cat"}, images, [0, 1, 0, 1], top_k=1, prompt=own).class_tokens()
+    assert texts == own
+
+
+@pytest.mark.parametrize(
+    ("change", "pieces"),
+    [
+        ({"top_k": 7}, r"top_k is 7 with 6 classes; give an integer from 0 .* to 6"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1.5}, r"top_k is 1\.5"),
+        ({"top_k": True}, "top_k is True"),
+        ({"ood_weight": -0.1}, r"ood_weight is -0\.1; give a finite number"),
+        ({"ood_weight": float("inf")}, "ood_weight is inf"),
+        ({"ood_weight": float("nan")}, "ood_weight is nan"),
+        ({"prompt": "a photo"}, r"prompt is 'a photo'; put \"\{class\}\" where"),
+        ({"prompt": ["a cat"]}, "prompt has 1 texts for 6 classes"),
+        ({"batch_size": 0}, "batch_size is 0"),
+    ],
+)
+def test_wrong_settings_get_a_sentence(clip_objective: MakeObjective, change: dict[str, Any], pieces: str) -> None:
+    with pytest.raises(ValueError, match=pieces):
+        clip_objective(**change)
+
+
+@pytest.mark.parametrize("names", [["cat"], [], "cat", ["cat", 3], ["cat", ""]])
+def test_wrong_class_names_get_a_sentence(names: Any) -> None:
+    with pytest.raises(ValueError, match="names of at least two in-distribution classes"):
+        LoCoOpObjective(None, names, torch.zeros(2, 3, 4, 4), [0, 1], top_k=1)
+
+
+def test_a_processor_without_a_tokenizer_gets_a_sentence(load_clip: Clip) -> None:
+    objective = LoCoOpObjective(None, checks.CLASSES, checks.random_images(4, 3, 32, 32), range(4), top_k=2)
+    with pytest.raises(ValueError, match=r"processor is a NoneType, which cannot tokenise"):
+        objective(load_clip())
+
+
+class CrossEntropy(Objective):
+    """An objective of one's own: the ID loss alone, in as few lines as it takes."""
+
+    def __init__(self, of: LoCoOpObjective) -> None:
+        self.of = of
+
+    sums_size = 2
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.of.batches()  # type: ignore[return-value]
+
+    def class_tokens(self) -> dict[str, Tensor]:
+        return self.of.class_tokens()
+
+    def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
+        losses = torch.nn.functional.cross_entropy(classes.logits(features.pooled), labels, reduction="none")
+        return torch.stack([losses.sum(dtype=torch.float64), losses.new_tensor(len(losses), dtype=torch.float64)])
+
+    def values(self, sums: Tensor) -> LossValues:
+        return LossValues(float(sums[0] / sums[1]))
+
+
+def test_an_objective_of_ones_own_is_replayed(load_clip: Clip, clip_objective: MakeObjective) -> None:
+    config = SeTARConfig(candidate_ratios=[0.1, 0.3])
+    own = search_rank_ratios(load_clip(), CrossEntropy(clip_objective()), config, progress=False)
+    config.criterion = "id"
+    builtin = search_rank_ratios(load_clip(), clip_objective(), config, progress=False)
+    assert own.rank_ratios == builtin.rank_ratios
+    assert [row.total_loss for row in own.trace.rows] == pytest.approx(
+        [row.id_loss for row in builtin.trace.rows], abs=1e-7
+    )
+    assert own.trace.settings["objective"] == {"type": "CrossEntropy"}
+    with pytest.raises(NotImplementedError, match="CrossEntropy cannot be sharded over 2 processes; implement shard"):
+        CrossEntropy(clip_objective()).shard(0, 2)
+
+
+def test_the_loss_is_that_of_the_logits(load_clip: Clip, clip_objective: MakeObjective) -> None:
+    """By another way: the model's logits of all images at once, and the loss of one batch."""
+    model, objective = load_clip(), clip_objective(top_k=3, ood_weight=0.2)
+    pixels, labels = (torch.cat(parts) for parts in zip(*objective.batches(), strict=True))
+    with torch.no_grad():
+        text = model.get_text_features(**objective.class_tokens()).pooler_output
+        logits = checks.logits_of(model, pixels, text)
+    loss = locoop_loss(logits.pooled, logits.local, labels, ood_weight=0.2, top_k=3)
+    assert objective(model) == pytest.approx(float(loss), rel=1e-6)

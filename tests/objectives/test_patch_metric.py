@@ -1,0 +1,70 @@
+"""The metric from OOD patches against scikit-learn on the same scores, uncounted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from transformers import AutoTokenizer, CLIPModel
+
+from setar_peft import PatchMetricObjective, search_rank_ratios
+from setar_peft.detection.metrics import fpr_at_tpr
+from setar_peft.detection.scores import mcm
+from tests.conftest import GOLDEN
+
+
+@pytest.fixture
+def objective(golden_clip: dict[str, torch.Tensor], class_names: list[str]) -> Callable[..., PatchMetricObjective]:
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "cases" / "clip_tiny")
+    images, labels = golden_clip["pixel_values"], golden_clip["labels"]
+
+    def make(metric: str, batch_size: int = 64) -> PatchMetricObjective:
+        return PatchMetricObjective(
+            tokenizer,
+            class_names,
+            images,
+            labels,
+            top_k=2,
+            metric=metric,
+            batch_size=batch_size,  # type: ignore[arg-type]
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("metric", ["auroc", "fpr95"])
+def test_equals_the_metric_of_the_scores(
+    load_clip: Callable[..., CLIPModel],
+    golden_clip: dict[str, torch.Tensor],
+    objective: Callable[..., PatchMetricObjective],
+    metric: str,
+) -> None:
+    losses = objective(metric).losses(load_clip())
+    images = mcm(golden_clip["logits_global"]).numpy()
+    local = golden_clip["logits_local"].flatten(1, 2)[golden_clip["is_ood_patch.k2"].bool()]
+    patches = mcm(local).numpy()
+    if metric == "auroc":
+        is_image = np.r_[np.ones(len(images)), np.zeros(len(patches))]
+        expected = 1 - roc_auc_score(is_image, np.r_[images, patches])
+    else:
+        expected = fpr_at_tpr(images, patches).fpr
+    assert losses.total == pytest.approx(expected, abs=2e-3)
+    assert losses.ood_patch_share == pytest.approx(len(patches) / 384)
+
+
+@pytest.mark.parametrize("metric", ["auroc", "fpr95"])
+def test_is_minimised_by_a_search_whatever_the_batches(
+    load_clip: Callable[..., CLIPModel], objective: Callable[..., PatchMetricObjective], metric: str
+) -> None:
+    results = [search_rank_ratios(load_clip(), objective(metric, size), progress=False) for size in (24, 7)]
+    assert results[0].rank_ratios == results[1].rank_ratios
+    assert results[0].trace.rows[-1].total_loss < results[0].trace.initial.total
+    assert results[0].trace.settings["objective"]["metric"] == metric
+
+
+def test_an_unknown_metric_gets_a_sentence(objective: Callable[..., PatchMetricObjective]) -> None:
+    with pytest.raises(ValueError, match="metric is 'f1'; give 'auroc' or 'fpr95'"):
+        objective("f1")
