@@ -68,7 +68,7 @@ class RandomImages(Objective):
     def batches(self) -> Any:
         return zip(self.pixels.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
 
-    def class_tokens(self) -> dict[str, torch.Tensor]:
+    def class_tokens(self, _: Any) -> dict[str, torch.Tensor]:
         return self.tokens
 
     def sums(self, features: Any, classes: Any, labels: torch.Tensor) -> torch.Tensor:

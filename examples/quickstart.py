@@ -19,7 +19,7 @@ after = evaluate(peft_model, objective, test, data.ood, processor=processor)
 
 for name, ratio in peft_model.peft_config["default"].rank_ratios.items():
     print(f"{name}  {ratio:.2f}")
-print(f"before\n{before.table()}\nafter\n{after.table()}\n{after.convention()}")
+print(f"before\n{before.table()}\n\nafter\n{after.table()}")
 
 # An adapter like any other: it is saved, loaded onto a fresh base, and merged into a stock CLIPModel.
 peft_model.save_pretrained("digits-setar")

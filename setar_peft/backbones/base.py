@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,16 +32,35 @@ class ClassWeights(NamedTuple):
     """The linear map from features to logits: logits = features @ weight.T + bias.
 
     Attributes:
-        weight: (classes, d), float32; CLIP's logit scale is inside.
+        weight: (classes, d), float32; a model's logit scale is inside.
         bias: (classes,) or None.
+        scale: That logit scale, a float32 scalar: logits are this many times cosines (100 for CLIP), up to a shift
+            that is the same for all classes. 1 for a classifier, which has none.
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | float = 1.0
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits (..., classes) of features (..., d), float32."""
-        return F.linear(features.float(), self.weight, self.bias)
+        """Logits (..., classes) of features (..., d), float32 also under `torch.autocast`."""
+        with without_autocast(features.device):
+            return F.linear(features.float(), self.weight, self.bias)
+
+    def logits_of(self, features: ImageFeatures, *, local: bool = True) -> Logits:
+        """Logits of some images or texts.
+
+        Args:
+            features: As the map takes them (see `Backbone.embedded`).
+            local: Whether the local logits are wanted, too.
+        """
+        pooled, patches, mask = features
+        if not local:
+            return Logits(self.logits(pooled), None, self.scale, mask)
+        if mask is not None:
+            first = patches[torch.arange(len(patches), device=patches.device), mask.int().argmax(-1)]
+            patches = torch.where(mask[..., None], patches, first[:, None])
+        return Logits(self.logits(pooled), self.logits(patches), self.scale, mask)
 
 
 class Logits(NamedTuple):
@@ -48,12 +68,16 @@ class Logits(NamedTuple):
 
     Attributes:
         pooled: Of the whole images, (images, classes).
-        local: Of their patches, (images, patches, classes).
+        local: Of their patches, (images, patches, classes); None where they were not wanted. Padding repeats the
+            image's first patch, so that no maximum over patches sees it.
+        scale: The model's logit scale, 1 where it has none: `logits / scale` are cosines, up to a shift that is the
+            same for all classes.
         mask: Which patches there are, (images, patches), bool; None where every image has all of them.
     """
 
     pooled: Tensor
-    local: Tensor
+    local: Tensor | None
+    scale: Tensor | float
     mask: Tensor | None = None
 
 
@@ -196,7 +220,8 @@ class Backbone(ABC):
         projection_names: Tower -> full name of its W_p, where there is one.
         input_tower: The tower that reads what is classified.
         needs_prompts: Whether the classes are given by texts, which the "text" tower encodes.
-        prompt_length: Tokens that every class prompt has to be padded to; None for as many as the longest has.
+        longest_prompt: Tokens of the longest prompt that the "text" tower takes; 0 where there are no prompts.
+        pads_prompts: Whether every prompt has to be padded to that length.
         towers: The towers by name, in the order in which the default search visits them.
     """
 
@@ -206,16 +231,22 @@ class Backbone(ABC):
     projection_names: ClassVar[dict[str, str]] = {}
     input_tower: ClassVar[str] = "vision"
     needs_prompts: ClassVar[bool] = True
+    pads_prompts: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.towers: dict[str, Tower] = {}
-        self.prompt_length: int | None = None
+        self.longest_prompt = 0
 
     @classmethod
     def default_targets(cls) -> set[str]:
         """W_up, as PEFT's `target_modules` names it."""
         return {cls.weight_names["W_up"]}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
 
     @abstractmethod
     def embed(self, features: Tensor) -> Tensor:
@@ -237,12 +268,12 @@ class Backbone(ABC):
 
         Args:
             inputs: Pixel values (images, channels, height, width), or the model's inputs by name, as its processor or
-                tokenizer gives them.
+                tokenizer gives them; on any device.
 
         Raises:
             ValueError: If the model cannot take them.
         """
-        inputs = named_inputs(inputs)
+        inputs = {name: value.to(self.device) for name, value in named_inputs(inputs).items()}
         self.check(inputs)
         return ImageFeatures(*self.towers[self.input_tower].features(inputs))
 
@@ -254,14 +285,18 @@ class Backbone(ABC):
         """Features of class prompts, (classes, d), encoded in batches of `batch_size`.
 
         Args:
-            tokens: `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
+            tokens: `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens), as
+                `Objective.class_tokens` makes them for this backbone; on any device.
             batch_size: Prompts encoded at once.
+
+        Raises:
+            ValueError: If the prompts have a length that the model was not trained with.
         """
-        tower = self.towers["text"]
+        tower, device = self.towers["text"], self.device
         count = len(tokens["input_ids"])
         return torch.cat(
             [
-                tower.features({key: value[start : start + batch_size] for key, value in tokens.items()})[0]
+                tower.features({key: value[start : start + batch_size].to(device) for key, value in tokens.items()})[0]
                 for start in range(0, count, batch_size)
             ]
         )
@@ -270,11 +305,10 @@ class Backbone(ABC):
         """Global and local logits of images or texts.
 
         Args:
-            inputs: Pixel values (images, channels, height, width), or the model's inputs by name.
-            classes: From `class_weights`.
+            inputs: Pixel values (images, channels, height, width), or the model's inputs by name; on any device.
+            classes: From `class_weights`, or from `Objective.class_weights`.
         """
-        pooled, local, mask = self.embedded(self.image_features(inputs))
-        return Logits(classes.logits(pooled), classes.logits(local), mask)
+        return classes.logits_of(self.embedded(self.image_features(inputs)))
 
     def locate(self, module_name: str) -> Location:
         """Find a module's tower and level.
@@ -324,6 +358,13 @@ class Backbone(ABC):
             for part in tower.parts(level)
             if (name := f"{part}.{self.weight_names[weight_type]}") in known_names
         ]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Computes in the dtypes of the tensors, also within `torch.autocast`."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def named_inputs(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

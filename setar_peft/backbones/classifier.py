@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights
-from setar_peft.backbones.base import Backbone
+from setar_peft.backbones.base import Backbone, without_autocast
 
 
 class ClassifierBackbone(Backbone):
@@ -32,7 +32,7 @@ class ClassifierBackbone(Backbone):
 
 
 def linear_map(module: nn.Module) -> ClassWeights:
-    """The map that a module computes, whether it is a linear layer or one with an adapter around it.
+    """The map that a module computes, whether it is a linear layer or one with an adapter around it; float32.
 
     Raises:
         ValueError: If it is no linear map, as in a model made with `num_labels=0`.
@@ -46,6 +46,7 @@ def linear_map(module: nn.Module) -> ClassWeights:
             "labels (num_labels)."
         )
     parameter: Any = next(module.parameters())
-    bias = module(parameter.new_zeros(1, width)).float()
-    units = module(torch.eye(width, dtype=parameter.dtype, device=parameter.device)).float()
+    with without_autocast(parameter.device):
+        bias = module(parameter.new_zeros(1, width)).float()
+        units = module(torch.eye(width, dtype=parameter.dtype, device=parameter.device)).float()
     return ClassWeights((units - bias).T, bias[0])

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights
 from setar_peft.backbones.attention import attended_by_first
 from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
-from setar_peft.backbones.prompts import Prompts, block_step, laid_out, last_block_at_ends, shared
+from setar_peft.backbones.prompts import (
+    Prompts,
+    block_step,
+    check_length,
+    end_positions,
+    laid_out,
+    last_block_at_ends,
+    shared,
+)
 
 
 class _VisionTower(Tower):
@@ -47,14 +56,19 @@ class _TextTower(Tower):
         super().__init__(model, names, ["text_model.final_layer_norm", "text_projection"])
 
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
+        check_length(inputs["input_ids"], self.model.config.text_config.max_position_embeddings)
         return self.model.text_model(**inputs)
 
     def context(self, inputs: Mapping[str, Tensor]) -> Prompts:
-        """Where the prompts end, and what they have in common."""
+        """Where the prompts end, and what they have in common.
+
+        Raises:
+            ValueError: If a prompt has no end token, in whose place the model would read its first.
+        """
         ids = inputs["input_ids"]
         end = self.model.config.text_config.eos_token_id
         # Checkpoints from before transformers' PR 24773 carry the id 2 and mean the largest token id.
-        ends = ids.argmax(-1) if end == 2 else (ids == end).int().argmax(-1)
+        ends = ids.argmax(-1) if end == 2 else end_positions(ids, end)
         return laid_out(ids, ends, inputs.get("attention_mask"))
 
     def enter(self, inputs: Mapping[str, Tensor]) -> TowerInput:
@@ -71,7 +85,12 @@ class _TextTower(Tower):
         return super().step(entry, level, hidden)
 
     def finish(self, entry: TowerInput, hidden: Tensor) -> tuple[Tensor, ...]:
-        pooled = last_block_at_ends(self.blocks[-1], hidden, entry.context)
+        if entry.context.blind:
+            # What the model makes of a token that may attend to nothing depends on its attention's implementation.
+            hidden = super().step(entry, len(self.blocks) - 1, hidden)
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), entry.context.ends.to(hidden.device)]
+        else:
+            pooled = last_block_at_ends(self.blocks[-1], hidden, entry.context)
         return (self.model.text_projection(self.model.text_model.final_layer_norm(pooled)),)
 
 
@@ -93,6 +112,7 @@ class CLIPBackbone(Backbone):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.longest_prompt = self.model.config.text_config.max_position_embeddings
         self.towers = {tower.name: tower for tower in (make(model) for make in self.tower_classes)}
 
     def embed(self, features: Tensor) -> Tensor:
@@ -101,10 +121,11 @@ class CLIPBackbone(Backbone):
         return features / features.norm(dim=-1, keepdim=True)
 
     def class_weights(self, text_features: Tensor | None) -> ClassWeights:
-        """Text features of unit length times the logit scale, (classes, d)."""
+        """Text features of unit length times the logit scale, (classes, d), and that scale."""
         if text_features is None:
             raise ValueError(f"{type(self.model).__name__} classifies by text: give the features of the class prompts.")
-        return ClassWeights(self.embed(text_features) * self.model.logit_scale.detach().float().exp())
+        scale = self.model.logit_scale.detach().float().exp()
+        return ClassWeights(self.embed(text_features) * scale, scale=scale)
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise a `ValueError` unless the images have the channels, height and width of the vision tower."""

@@ -6,6 +6,7 @@ not go through them at all.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,52 @@ class Prompts(NamedTuple):
         ends: Position of each prompt's end token in its row, (prompts,).
         tokens: Tokens a row, where the beginning is shared.
         mask: Which tokens the end may attend to, (prompts, tokens), bool; of whole prompts.
+        blind: Whether some prompt's end may attend to no token at all.
     """
 
     beginning: int
     ends: Tensor
     tokens: int
     mask: Tensor
+    blind: bool = False
+
+
+def check_length(ids: Tensor, longest: int, *, exactly: bool = False) -> None:
+    """Raise a `ValueError` unless prompts, (prompts, tokens), have a length that the model was trained with.
+
+    Args:
+        ids: The prompts' token ids.
+        longest: The most tokens that the model takes.
+        exactly: Whether it takes no fewer, either.
+    """
+    length = ids.shape[1]
+    if length > longest or (exactly and length < longest):
+        limit, padding = (f"exactly {longest}", "padding='max_length', ") if exactly else (f"at most {longest}", "")
+        raise ValueError(
+            f"The class prompts have {length} tokens; this model was trained with {limit}. Tokenise them with {padding}"
+            f"max_length={longest}, truncation=True, as LoCoOpObjective.class_tokens does."
+        )
+
+
+def end_positions(ids: Tensor, end: int) -> Tensor:
+    """Position of the first end token of each prompt, (prompts,).
+
+    Args:
+        ids: (prompts, tokens).
+        end: The end token's id.
+
+    Raises:
+        ValueError: If a prompt has none.
+    """
+    ends = ids == end
+    without = (~ends.any(-1)).nonzero().flatten().tolist()
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(ids)} class prompts have no end token (id {end}), the first of them number "
+            f"{without[0]}, counted from 0: {ids[without[0]].tolist()}. The model reads a prompt at its end token; use "
+            "the model's own tokenizer, or correct eos_token_id in the model's text_config."
+        )
+    return ends.int().argmax(-1)
 
 
 def laid_out(ids: Tensor, ends: Tensor, attention_mask: Tensor | None) -> Prompts:
@@ -43,15 +84,23 @@ def laid_out(ids: Tensor, ends: Tensor, attention_mask: Tensor | None) -> Prompt
         attention_mask: (prompts, tokens), where the tokenizer gives one.
     """
     mask = torch.arange(ids.shape[1], device=ids.device) <= ends[:, None]
-    whole = True
+    whole, blind = True, False
     if attention_mask is not None:
         whole = bool(attention_mask.bool()[mask].all())
         mask = mask & attention_mask.bool()
+        blind = not whole and not bool(mask.any(-1).all())
+    if blind:
+        warnings.warn(
+            "Some class prompts are read at a token before which there is only padding, so that their features mean "
+            "nothing: the tokenizer pads on the left with the end token. Set tokenizer.padding_side = 'right'.",
+            UserWarning,
+            stacklevel=2,
+        )
     longest = int(ends.max()) + 1
     alike = (ids == ids[:1]).all(0)[: int(ends.min())].long().cumprod(0)
     # At most half, so that the beginning fits into a row like the others.
     beginning = min(int(alike.sum()), longest // 2) if whole and len(ids) > 1 else 0
-    return Prompts(beginning, ends - beginning, longest - beginning, mask)
+    return Prompts(beginning, ends - beginning, longest - beginning, mask, blind)
 
 
 def shared(hidden: Tensor, prompts: Prompts) -> Tensor:

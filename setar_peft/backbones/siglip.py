@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from setar_peft.backbones import ClassWeights
 from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.clip import CLIPBackbone
-from setar_peft.backbones.prompts import Prompts, last_block_at_ends
+from setar_peft.backbones.prompts import Prompts, check_length, last_block_at_ends
 
 
 def value_path(block: Any, patches: Tensor) -> Tensor:
@@ -65,6 +65,7 @@ class _TextTower(Tower):
         super().__init__(model, names, ["text_model.final_layer_norm", "text_model.head"])
 
     def run(self, inputs: Mapping[str, Tensor]) -> Any:
+        check_length(inputs["input_ids"], self.model.config.text_config.max_position_embeddings, exactly=True)
         return self.model.text_model(**inputs)
 
     def context(self, inputs: Mapping[str, Tensor]) -> Prompts:
@@ -86,7 +87,8 @@ class SiglipBackbone(CLIPBackbone):
 
     Logits are `scale * cosine + bias`. SigLIP is trained with a sigmoid for each pair of image and text; the LoCoOp
     loss and the scores take the softmax over the classes, as the field does when it classifies or detects with SigLIP.
-    The bias is the same for every class, so it changes no softmax, but it does change max-logit and energy scores.
+    The bias is the same for every class, so it changes no softmax: the temperature of a score that reads cosines is the
+    scale alone. But it does change max-logit and energy scores.
 
     Local features: patches through the last block's value path and MLP, the final norm, and the pooling head applied to
     each patch alone. Thus they are in the space of the pooled features, as CLIP's are after its projection.
@@ -98,13 +100,10 @@ class SiglipBackbone(CLIPBackbone):
     model_type = "siglip"
     model_classes: ClassVar[Sequence[str]] = ("SiglipModel",)
     projection_names: ClassVar[dict[str, str]] = {"text": "text_model.head"}
+    pads_prompts = True
     tower_classes = (_VisionTower, _TextTower)
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.prompt_length = self.model.config.text_config.max_position_embeddings
-
     def class_weights(self, text_features: Tensor | None) -> ClassWeights:
-        """Text features of unit length times the logit scale, (classes, d), and the logit bias."""
-        weight = super().class_weights(text_features).weight
-        return ClassWeights(weight, self.model.logit_bias.detach().float().expand(len(weight)))
+        """Text features of unit length times the logit scale, (classes, d), the logit bias, and that scale."""
+        classes = super().class_weights(text_features)
+        return classes._replace(bias=self.model.logit_bias.detach().float().expand(len(classes.weight)))

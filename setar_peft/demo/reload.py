@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from setar_peft.detection.evaluation import image_logits
+from setar_peft.objectives.base import evaluation_mode
 
 _PIXELS = "pixel_values"
 
@@ -37,8 +37,11 @@ def fixed_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
         "pooled" (images, classes) and "local" (images, patches, classes), float32, on the CPU.
     """
     tokens = {name: value for name, value in inputs.items() if name != _PIXELS}
-    logits = image_logits(model, tokens, inputs[_PIXELS])
-    return {"pooled": logits.pooled.cpu().contiguous(), "local": logits.local.cpu().contiguous()}
+    with evaluation_mode(model) as (backbone, _):
+        classes = backbone.class_weights(backbone.text_features(tokens))
+        features = backbone.embedded(backbone.image_features(inputs[_PIXELS]))
+        logits = {"pooled": classes.logits(features.pooled), "local": classes.logits(features.local)}
+    return {name: value.cpu().contiguous() for name, value in logits.items()}
 
 
 def logits_in_a_fresh_process(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
-import transformers
 from peft import get_peft_model
 from rich.console import Console
 from torch import Tensor
 
-import setar_peft
+from setar_peft.backbones import backbone_of
 from setar_peft.demo import report
 from setar_peft.demo.experiment import Experiment
 from setar_peft.demo.reload import fixed_logits, logits_in_a_fresh_process
@@ -103,7 +100,8 @@ def run(
 
     result = DemoResult(before, after, found.trace, found.rank_ratios, is_exact, difference, folder)
     _write_results(result, experiment, seconds)
-    summary_figure(found.trace, _scores(before), _scores(after), FIGURE_SCORE).savefig(folder / "figure.png", dpi=150)
+    label = before.score_label(FIGURE_SCORE)
+    summary_figure(found.trace, _scores(before), _scores(after), label).savefig(folder / "figure.png", dpi=150)
     report.print_files(console, folder)
     if not is_exact:
         gap = _largest_difference(with_adapter, reloaded)
@@ -117,7 +115,8 @@ def run(
 def _fixed_inputs(experiment: Experiment) -> dict[str, Tensor]:
     """The first test images and the class prompts, as tensors."""
     pixel_values, _ = next(experiment.test.batches())
-    return {"pixel_values": pixel_values[:_COMPARED_IMAGES], **experiment.objective.class_tokens()}
+    tokens = experiment.objective.class_tokens(backbone_of(experiment.model))
+    return {"pixel_values": pixel_values[:_COMPARED_IMAGES], **tokens}
 
 
 def _largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -144,12 +143,5 @@ def _write_results(result: DemoResult, experiment: Experiment, search_seconds: f
         "after": result.after.to_dict(),
         "reload_is_exact": result.reload_is_exact,
         "merge_difference": result.merge_difference,
-        "versions": {
-            "setar_peft": setar_peft.__version__,
-            "torch": torch.__version__,
-            "peft": peft.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
     }
     (result.output / "results.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

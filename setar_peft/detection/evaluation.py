@@ -7,22 +7,27 @@ Works on a stock model and on a PEFT model alike. Scores are computed batch by b
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights, ImageFeatures, Logits, named_inputs
+from setar_peft.backbones import ClassWeights, ImageFeatures, Logits
 from setar_peft.data.images import ImageSource
 from setar_peft.data.texts import NamedInputs
 from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule, accuracy, ood_metrics
 from setar_peft.detection.scores import find_score, score
-from setar_peft.objectives.base import Objective, encoded_classes, evaluation_mode
+from setar_peft.objectives.base import Objective, evaluation_mode
 from setar_peft.objectives.loss import LOCAL_LOGITS_CHUNK
+from setar_peft.versions import versions
 
 DEFAULT_SCORES = ("mcm", "gl_mcm")
+
+# Names of scores, with the paper's settings; or name -> settings that differ from the paper's.
+Scores: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,13 @@ class ImageScores:
         logits: Global logits, (images, classes), float32, on the CPU.
         labels: (images,) class indices; -1 for images without labels.
         scores: Name of a score -> (images,) float32, on the CPU; higher means more in-distribution.
+        settings: Name of a score -> its settings in full, by name: the temperature in use, and others that it has.
     """
 
     logits: Tensor
     labels: Tensor
     scores: dict[str, Tensor]
+    settings: dict[str, dict[str, Any]]
 
     @property
     def accuracy(self) -> float:
@@ -61,11 +68,15 @@ class Evaluation:
         id_images: Logits and scores of the ID images.
         ood_images: Name of an OOD set -> its logits and scores.
         rows: One row an OOD set and score.
+        prompt: The template of the class prompts, or one text a class; None for a model without prompts.
+        versions: What it was computed with, name -> version.
     """
 
     id_images: ImageScores
     ood_images: dict[str, ImageScores]
     rows: list[EvaluationRow]
+    prompt: str | Sequence[str] | None
+    versions: dict[str, str]
 
     @property
     def accuracy(self) -> float:
@@ -85,18 +96,32 @@ class Evaluation:
         raise ValueError(f"There are no figures for {(ood_set, score_name)!r}; there are some for {rows}.")
 
     def convention(self) -> str:
-        """How the figures are to be read, in one sentence."""
+        """How the figures came about and are to be read: convention, temperature, prompt, versions."""
         metrics = self.rows[0].metrics
         positive, negative = ("ID", "OOD") if metrics.positive == "id" else ("OOD", "ID")
         rule = "at least" if metrics.threshold_rule == "at_least" else "closest to"
+        used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (
             f"FPR{_percent_level(metrics.tpr)}: share of {negative} images taken for {positive} at the threshold where "
             f"{rule} {100 * metrics.tpr:g} % of the {positive} images are found. AUPR: average precision with ID (in) "
-            "or OOD (out) as the positive class. All figures in percent."
+            f"or OOD (out) as the positive class. All figures in percent. {self._inputs()} Made with {used}."
         )
 
+    def score_label(self, name: str) -> str:
+        """A score with the settings that it was computed with, such as "gl_mcm (temperature 100)".
+
+        The temperature is always in it, another setting where it is not the paper's.
+        """
+        usual = find_score(name).settings(1.0, {})
+        said = [
+            f"{setting.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{setting} {value}"
+            for setting, value in self.id_images.settings[name].items()
+            if setting == "temperature" or value != usual[setting]
+        ]
+        return f"{name} ({', '.join(said)})"
+
     def table(self) -> str:
-        """The rows as a table in plain text, in percent."""
+        """The rows as a table in plain text, in percent, with `convention` below it."""
         level = f"FPR{_percent_level(self.rows[0].metrics.tpr)}"
         cells = [["OOD set", "score", "accuracy", level, "AUROC", "AUPR-in", "AUPR-out"]]
         for row in self.rows:
@@ -107,16 +132,33 @@ class Evaluation:
             [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(line)]
             for line in (list(zip(line, widths, strict=True)) for line in cells)
         )
-        return "\n".join("  ".join(line).rstrip() for line in aligned)
+        return "\n".join(["  ".join(line).rstrip() for line in aligned] + textwrap.wrap(self.convention(), 80))
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values for JSON, shares in [0, 1]; an unknown accuracy is None."""
+        """The figures as plain values for JSON, shares in [0, 1]; an unknown accuracy is None.
+
+        With them goes what they depend on: the prompt, each score's settings, the convention of each row, versions.
+        """
         return {
+            "prompt": self.prompt if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt),
+            "scores": self.id_images.settings,
             "accuracy": None if math.isnan(self.accuracy) else self.accuracy,
             "images": {"id": len(self.id_images.labels)}
             | {name: len(images.labels) for name, images in self.ood_images.items()},
             "rows": [{"ood_set": row.ood_set, "score": row.score, **vars(row.metrics)} for row in self.rows],
+            "versions": self.versions,
         }
+
+    def _inputs(self) -> str:
+        """What the scores read: their temperatures, and the prompt."""
+        labels = ", ".join(map(self.score_label, self.id_images.settings))
+        if self.prompt is None:
+            prompt = "No prompts."
+        elif isinstance(self.prompt, str):
+            prompt = f'Prompt "{self.prompt}".'
+        else:
+            prompt = f'Prompts "{self.prompt[0]}" and so on, one a class.'
+        return f"Scores: {labels}. {prompt}"
 
 
 def evaluate(
@@ -125,9 +167,8 @@ def evaluate(
     id_images: ImageSource | NamedInputs,
     ood_images: Mapping[str, Any],
     *,
-    scores: Sequence[str] = DEFAULT_SCORES,
+    scores: Scores = DEFAULT_SCORES,
     processor: Any = None,
-    temperature: float = 1.0,
     positive: Positive = "id",
     threshold: ThresholdRule = "at_least",
     tpr: float = 0.95,
@@ -142,9 +183,9 @@ def evaluate(
         id_images: In-distribution images, with labels where an accuracy is wanted.
         ood_images: Name of an OOD set -> its images: an `ImageSource`, or whatever one takes (a folder, a data set,
             a tensor of pixel values, a sequence of PIL images).
-        scores: Names out of `setar_peft.scores.SCORES`.
+        scores: Names out of `setar_peft.detection.scores.SCORES`, with the paper's settings; or a mapping from names
+            to settings of another kind, such as `{"mcm": {}, "gl_mcm": {"local_weight": 0.5, "temperature": 1.0}}`.
         processor: The model's processor; only for OOD images that are no `ImageSource` and no tensor.
-        temperature: Divides the logits, > 0.
         positive: The positive class of the false-positive rate, "id" or "ood".
         threshold: How its threshold is chosen, "at_least" or "closest".
         tpr: Its level, 0 < tpr <= 1.
@@ -159,11 +200,8 @@ def evaluate(
         name: images if isinstance(images, (ImageSource, NamedInputs)) else ImageSource(processor, images)
         for name, images in ood_images.items()
     }
-    known = image_scores(model, objective, id_images, scores=scores, temperature=temperature)
-    unknown = {
-        name: image_scores(model, objective, source, scores=scores, temperature=temperature)
-        for name, source in sources.items()
-    }
+    known = image_scores(model, objective, id_images, scores=scores)
+    unknown = {name: image_scores(model, objective, source, scores=scores) for name, source in sources.items()}
     rows = [
         EvaluationRow(
             name,
@@ -179,7 +217,9 @@ def evaluate(
         for name, images in unknown.items()
         for score_name in scores
     ]
-    return Evaluation(known, unknown, rows)
+    with evaluation_mode(model) as (backbone, _):
+        prompt = objective.prompt if backbone.needs_prompts else None
+    return Evaluation(known, unknown, rows, prompt, versions())
 
 
 def image_scores(
@@ -187,8 +227,7 @@ def image_scores(
     objective: Objective,
     images: ImageSource | NamedInputs,
     *,
-    scores: Sequence[str] = DEFAULT_SCORES,
-    temperature: float = 1.0,
+    scores: Scores = DEFAULT_SCORES,
 ) -> ImageScores:
     """Global logits and scores of a set of images, in evaluation mode and without gradients.
 
@@ -196,38 +235,42 @@ def image_scores(
         model: A stock model of a known family, or a PEFT model.
         objective: Gives the class prompts; its images are not read.
         images: The images, labelled or not.
-        scores: Names out of `setar_peft.scores.SCORES`.
-        temperature: Divides the logits, > 0.
+        scores: As for `evaluate`.
 
     Raises:
-        ValueError: If no score is given or one is unknown, the family of the model is not known, or the images do
-            not fit it.
+        ValueError: If no score is given, one is unknown or has no such setting, the family of the model is not known,
+            or the images do not fit it.
     """
     if isinstance(scores, str) or not scores:
         raise ValueError(f"scores is {scores!r}; give a list of names, such as {list(DEFAULT_SCORES)}.")
-    needs_local = any(find_score(name).needs_local for name in scores)
+    given: Mapping[str, Mapping[str, Any]] = scores if isinstance(scores, Mapping) else {name: {} for name in scores}
+    if not all(isinstance(chosen, Mapping) for chosen in given.values()):
+        raise ValueError(f"scores is {scores!r}; give each score its settings by name, as in {{'mcm': {{}}}}.")
+    found = {name: find_score(name) for name in given}
+    needs_local = any(entry.needs_local for entry in found.values())
     logits, labels, values = [], [], []
-    with evaluation_mode(model) as (backbone, device):
-        classes = encoded_classes(backbone, objective.prompt_tokens, objective.prompt_batch_size, device)
+    with evaluation_mode(model) as (backbone, _):
+        classes = objective.class_weights(backbone)
+        scale = float(classes.scale)
+        settings = {name: entry.settings(scale, given[name]) for name, entry in found.items()}
         for batch, batch_labels in images.batches():
-            inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}
-            features = backbone.embedded(backbone.image_features(inputs))
-            for pooled, local in _parts(features, classes, needs_local):
-                logits.append(pooled.cpu())
-                values.append(torch.stack([score(name, pooled, local, temperature=temperature) for name in scores]))
+            features = backbone.embedded(backbone.image_features(batch))
+            for part in _parts(features, classes, needs_local):
+                logits.append(part.pooled.cpu())
+                values.append(torch.stack([score(name, part, **settings[name]) for name in settings]))
             labels.append(batch_labels)
     by_score = torch.cat(values, dim=1).cpu()
-    return ImageScores(torch.cat(logits), torch.cat(labels), dict(zip(scores, by_score, strict=True)))
+    return ImageScores(torch.cat(logits), torch.cat(labels), dict(zip(settings, by_score, strict=True)), settings)
 
 
-def image_logits(model: nn.Module, class_tokens: Mapping[str, Tensor], pixel_values: Tensor) -> Logits:
+def image_logits(model: nn.Module, objective: Objective, inputs: Tensor | Mapping[str, Tensor]) -> Logits:
     """Global and local logits of one batch, in evaluation mode and without gradients.
 
     Args:
         model: A stock model of a known family, or a PEFT model.
-        class_tokens: The class prompts as `Objective.class_tokens` gives them, each (classes, tokens); not read where
-            a model has its classes inside.
-        pixel_values: (images, channels, height, width), as the model's processor gives them.
+        objective: Gives the class prompts, which are encoded anew in each call; its images are not read.
+        inputs: Pixel values (images, channels, height, width), or the model's inputs by name, as its processor gives
+            them; on any device.
 
     Returns:
         Global logits (images, classes) and local logits (images, patches, classes), float32, on the model's device.
@@ -235,25 +278,20 @@ def image_logits(model: nn.Module, class_tokens: Mapping[str, Tensor], pixel_val
     Raises:
         ValueError: If the family of the model is not known, or the images do not fit it.
     """
-    with evaluation_mode(model) as (backbone, device):
-        classes = encoded_classes(backbone, lambda _: class_tokens, Objective.prompt_batch_size, device)
-        return backbone.logits(pixel_values.to(device), classes)
+    with evaluation_mode(model) as (backbone, _):
+        return backbone.logits(inputs, objective.class_weights(backbone))
 
 
-def _parts(features: ImageFeatures, classes: ClassWeights, needs_local: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Global and local logits of a batch, some images at a time so that local ones stay small; None where unneeded."""
-    pooled, local, mask = features
-    images = len(pooled)
+def _parts(features: ImageFeatures, classes: ClassWeights, needs_local: bool) -> Iterator[Logits]:
+    """Logits of a batch, some images at a time so that local ones stay small."""
+    images = len(features.pooled)
     if needs_local:
-        numel = local.shape[1] * len(classes.weight)
-        images = max(1, LOCAL_LOGITS_CHUNK.get(pooled.device.type, 2**24) // numel)
-        if mask is not None:
-            # The scores take maxima over patches: padding that repeats a real patch changes none.
-            first = local[torch.arange(len(local), device=local.device), mask.int().argmax(-1)]
-            local = torch.where(mask[..., None], local, first[:, None])
-    for start in range(0, len(pooled), images):
+        numel = features.local.shape[1] * len(classes.weight)
+        images = max(1, LOCAL_LOGITS_CHUNK.get(features.local.device.type, 2**24) // numel)
+    for start in range(0, len(features.pooled), images):
         part = slice(start, start + images)
-        yield classes.logits(pooled[part]), classes.logits(local[part]) if needs_local else None
+        mask = None if features.mask is None else features.mask[part]
+        yield classes.logits_of(ImageFeatures(features.pooled[part], features.local[part], mask), local=needs_local)
 
 
 def _percent_level(tpr: float) -> str:

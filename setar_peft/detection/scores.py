@@ -1,22 +1,30 @@
 """Scores that tell in-distribution (ID) inputs from the rest, as pure functions of a model's logits.
 
 Every score is float32 of shape (n,) and higher means more in-distribution. Logits may have any floating dtype
-and are taken to float32 first: at temperature 1 a bfloat16 softmax near 1 has a handful of distinct values,
-and the ties between images decide the metrics. CLIP's logits are the scaled ones, 100 * cosine; temperature 1
-on them is the setting of the paper.
+and are taken to float32 first: a bfloat16 softmax has a handful of distinct values, and the ties between images
+decide the metrics.
+
+The paper's MCM, L-MCM, GL-MCM, entropy and variance are softmaxes of *cosines* at temperature 1: the published scores
+of Pascal-VOC, 14 classes, lie between 1 / 14 = 0.0714 and 0.082. A model's logits are its logit scale times cosines
+(100 for CLIP), so on logits the temperature of the paper is that scale; a classifier has no scale, and takes 1. (The
+paper's footnote 4 has it the wrong way round: 1 "for the scaled CLIP logits".) These functions therefore have no
+default temperature, and `score`, which knows the scale, has the paper's.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from setar_peft.backbones import Logits
 
 Pooling = Literal["patch", "class"]
 
@@ -24,12 +32,12 @@ Pooling = Literal["patch", "class"]
 _CHUNK_NUMEL = 1 << 24
 
 
-def mcm(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def mcm(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
     """Maximum concept matching: the largest softmax probability (paper, Eq. 1).
 
     Args:
         global_logits: Image-text logits, (n, classes), floating.
-        temperature: Divides the logits, > 0.
+        temperature: Divides the logits, > 0; the paper's is the model's logit scale, `Logits.scale`.
 
     Returns:
         (n,) float32, in [1 / classes, 1].
@@ -42,20 +50,23 @@ def mcm(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
     return _per_image(global_logits, temperature, lambda scaled: scaled.softmax(-1).amax(-1))
 
 
-def msp(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Maximum softmax probability: `mcm` under the name it has where the logits are a classifier's.
+def msp(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
+    """Maximum softmax probability: how sure the model is of its prediction, in its own logits; otherwise as `mcm`.
+
+    For a classifier the two are one. A CLIP's own probabilities are near 1 for most images, which is why MCM reads
+    cosines.
 
     Source: Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136.
     """
     return mcm(global_logits, temperature)
 
 
-def local_mcm(local_logits: Tensor, temperature: float = 1.0, pooling: Pooling = "patch") -> Tensor:
+def local_mcm(local_logits: Tensor, temperature: Tensor | float, pooling: Pooling = "patch") -> Tensor:
     """Maximum concept matching over the patches of an image: the local part of GL-MCM (paper, Eq. 2).
 
     Args:
         local_logits: Patch-text logits, (n, patches, classes), floating.
-        temperature: Divides the logits, > 0.
+        temperature: Divides the logits, > 0; the paper's is the model's logit scale, `Logits.scale`.
         pooling: "patch" takes the softmax of each patch and then the maximum over patches and classes, as the
             published code, which made the paper's tables. "class" takes the maximum over patches of each
             class first and then the softmax, as Eq. 2 is written.
@@ -78,21 +89,31 @@ def local_mcm(local_logits: Tensor, temperature: float = 1.0, pooling: Pooling =
     )
 
 
-def gl_mcm(global_logits: Tensor, local_logits: Tensor, temperature: float = 1.0, pooling: Pooling = "patch") -> Tensor:
+def gl_mcm(
+    global_logits: Tensor,
+    local_logits: Tensor,
+    temperature: Tensor | float,
+    pooling: Pooling = "patch",
+    local_weight: float = 1.0,
+) -> Tensor:
     """GL-MCM: `mcm` of the whole image plus `local_mcm` of its patches (paper, Eq. 2).
 
     Args:
         global_logits: Image-text logits, (n, classes), floating.
         local_logits: Patch-text logits of the same images and classes, (n, patches, classes), floating.
-        temperature: Divides both, > 0.
+        temperature: Divides both, > 0; the paper's is the model's logit scale, `Logits.scale`.
         pooling: See `local_mcm`.
+        local_weight: What `local_mcm` is multiplied by, >= 0; 0.5 in GL-MCM's own published script.
 
     Returns:
-        (n,) float32, in [2 / classes, 2].
+        (n,) float32, in [(1 + local_weight) / classes, 1 + local_weight].
 
     Raises:
-        ValueError: As `mcm` and `local_mcm`, or if the two disagree on the number of images or classes.
+        ValueError: As `mcm` and `local_mcm`, if the two disagree on the number of images or classes, or the weight is
+            negative or not finite.
     """
+    if not 0 <= local_weight < math.inf:
+        raise ValueError(f"local_weight is {local_weight!r}; give a finite number of 0 or more, such as the paper's 1.")
     _check_logits("global_logits", global_logits, ("n", "classes"))
     _check_logits("local_logits", local_logits, ("n", "patches", "classes"))
     if local_logits.shape[::2] != global_logits.shape:
@@ -101,10 +122,10 @@ def gl_mcm(global_logits: Tensor, local_logits: Tensor, temperature: float = 1.0
             f"{tuple(local_logits.shape)}; give (n, classes) and (n, patches, classes) of the same n images "
             "and the same classes."
         )
-    return mcm(global_logits, temperature) + local_mcm(local_logits, temperature, pooling)
+    return mcm(global_logits, temperature) + local_weight * local_mcm(local_logits, temperature, pooling)
 
 
-def max_logit(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def max_logit(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """The largest logit, divided by the temperature.
 
     Source: Hendrycks et al., 2022, https://arxiv.org/abs/1911.11132.
@@ -123,14 +144,15 @@ def max_logit(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
     return _per_image(global_logits, temperature, lambda scaled: scaled.amax(-1))
 
 
-def energy(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def energy(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """Minus the free energy: T * logsumexp(logits / T).
 
     Source: Liu et al., 2020, https://arxiv.org/abs/2010.03759, Eq. 4 with its sign turned.
 
     Args:
         global_logits: (n, classes), floating.
-        temperature: T > 0; 0.1 in the paper's rows for Swin (Table 10).
+        temperature: T > 0. The paper's energy rows for Swin come from 1, though Table 10 says 0.1; the published
+            code takes 100 for CLIP.
 
     Returns:
         (n,) float32, between the largest logit and that plus T * log(classes).
@@ -142,7 +164,7 @@ def energy(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
     return _per_image(global_logits, temperature, lambda scaled: temperature * scaled.logsumexp(-1))
 
 
-def entropy(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def entropy(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
     """Minus the entropy of the softmax, the sum of p * log(p), in nats.
 
     Exact, as the published score is. The 1e-5 inside the logarithm belongs to the published LoCoOp loss
@@ -150,7 +172,7 @@ def entropy(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     Args:
         global_logits: (n, classes), floating.
-        temperature: Divides the logits, > 0.
+        temperature: Divides the logits, > 0; the paper's is the model's logit scale, `Logits.scale`.
 
     Returns:
         (n,) float32, in [-log(classes), 0].
@@ -163,12 +185,12 @@ def entropy(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
     return _per_image(global_logits, temperature, lambda scaled: -torch.special.entr(scaled.softmax(-1)).sum(-1))
 
 
-def variance(global_logits: Tensor, temperature: float = 1.0) -> Tensor:
+def variance(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
     """Variance of the softmax over the classes: divided by their number, as the published code, not one less.
 
     Args:
         global_logits: (n, classes), floating.
-        temperature: Divides the logits, > 0.
+        temperature: Divides the logits, > 0; the paper's is the model's logit scale, `Logits.scale`.
 
     Returns:
         (n,) float32, in [0, (classes - 1) / classes^2].
@@ -187,28 +209,52 @@ class Score:
     """A score and what it reads.
 
     Attributes:
-        function: Called with the logits it reads, in the order of `reads`, and `temperature`.
+        function: Called with the logits it reads, in the order of `reads`, and its settings by name.
         reads: Which logits those are.
+        of_cosines: Whether it is meant for cosines, so that the temperature by default is the model's logit scale.
     """
 
     function: Callable[..., Tensor]
     reads: tuple[Literal["global", "local"], ...]
+    of_cosines: bool
 
     @property
     def needs_local(self) -> bool:
         """Whether local logits are read, so that the model has to give them."""
         return "local" in self.reads
 
+    def settings(self, scale: Tensor | float, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting of the score by name: those given, and the paper's for the others.
+
+        Args:
+            scale: The model's logit scale, `Logits.scale`.
+            given: `temperature`, and what else the function takes.
+
+        Raises:
+            ValueError: If the score has no such setting.
+        """
+        parameters = list(inspect.signature(self.function).parameters.values())[len(self.reads) :]
+        settings = {parameter.name: parameter.default for parameter in parameters}
+        unknown = sorted(set(given) - set(settings))
+        if unknown:
+            raise ValueError(
+                f"{self.function.__name__} has no setting {', '.join(map(repr, unknown))}; it has "
+                f"{', '.join(map(repr, settings))}."
+            )
+        if self.of_cosines:
+            settings["temperature"] = scale
+        return {**settings, **given}
+
 
 SCORES: dict[str, Score] = {
-    "mcm": Score(mcm, ("global",)),
-    "local_mcm": Score(local_mcm, ("local",)),
-    "gl_mcm": Score(gl_mcm, ("global", "local")),
-    "msp": Score(msp, ("global",)),
-    "max_logit": Score(max_logit, ("global",)),
-    "energy": Score(energy, ("global",)),
-    "entropy": Score(entropy, ("global",)),
-    "variance": Score(variance, ("global",)),
+    "mcm": Score(mcm, ("global",), of_cosines=True),
+    "local_mcm": Score(local_mcm, ("local",), of_cosines=True),
+    "gl_mcm": Score(gl_mcm, ("global", "local"), of_cosines=True),
+    "msp": Score(msp, ("global",), of_cosines=False),
+    "max_logit": Score(max_logit, ("global",), of_cosines=False),
+    "energy": Score(energy, ("global",), of_cosines=False),
+    "entropy": Score(entropy, ("global",), of_cosines=True),
+    "variance": Score(variance, ("global",), of_cosines=True),
 }
 
 
@@ -223,14 +269,16 @@ def find_score(name: str) -> Score:
     return SCORES[name]
 
 
-def score(name: str, global_logits: Tensor, local_logits: Tensor | None = None, *, temperature: float = 1.0) -> Tensor:
-    """The score of that name.
+def score(name: str, logits: Logits, **settings: Any) -> Tensor:
+    """The score of that name, at the paper's temperature unless another is given.
 
     Args:
         name: A key of `SCORES`.
-        global_logits: (n, classes), floating; "local_mcm" does not read them.
-        local_logits: (n, patches, classes), floating; read where `SCORES[name].needs_local`.
-        temperature: Divides the logits, > 0.
+        logits: From `image_logits` or `Backbone.logits`; local ones are read where `SCORES[name].needs_local`. Made by
+            hand, `Logits(pooled, local, scale=100.0)` are 100 times cosines, and a classifier's have the scale 1.
+        settings: `temperature`, > 0: by default `logits.scale` for scores of cosines (MCM and its kin, entropy,
+            variance), 1 for those of the model's own logits (MSP, max-logit, energy). And what else the score's
+            function takes: `pooling`, `local_weight`.
 
     Returns:
         (n,) float32, higher meaning more in-distribution.
@@ -240,19 +288,17 @@ def score(name: str, global_logits: Tensor, local_logits: Tensor | None = None, 
             arguments.
     """
     found = find_score(name)
-    if local_logits is None:
-        if found.needs_local:
-            global_only = [key for key, other in SCORES.items() if not other.needs_local]
-            raise ValueError(
-                f"score {name!r} reads local_logits and got None; give the patch logits, "
-                f"(n, patches, classes), or take a score without them: {', '.join(map(repr, global_only))}."
-            )
-        return found.function(global_logits, temperature=temperature)
-    logits = {"global": global_logits, "local": local_logits}
-    return found.function(*(logits[kind] for kind in found.reads), temperature=temperature)
+    read = {"global": logits.pooled, "local": logits.local}
+    if found.needs_local and logits.local is None:
+        global_only = [key for key, other in SCORES.items() if not other.needs_local]
+        raise ValueError(
+            f"score {name!r} reads local logits, which are None; give the patch logits, "
+            f"(n, patches, classes), or take a score without them: {', '.join(map(repr, global_only))}."
+        )
+    return found.function(*(read[kind] for kind in found.reads), **found.settings(logits.scale, settings))
 
 
-def _per_image(logits: Tensor, temperature: float, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+def _per_image(logits: Tensor, temperature: Tensor | float, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """`reduce` over runs of images in float32, so that the set as a whole is never copied to float32.
 
     Args:
@@ -268,7 +314,8 @@ def _per_image(logits: Tensor, temperature: float, reduce: Callable[[Tensor], Te
     """
     if not 0 < temperature < math.inf:
         raise ValueError(
-            f"temperature is {temperature!r}; give a positive number, 1.0 for CLIP's logits (100 * cosine)."
+            f"temperature is {temperature!r}; give a positive number: for the paper's scores the model's logit scale, "
+            "such as CLIP's 100, and 1 for a classifier."
         )
     images_per_chunk = max(1, _CHUNK_NUMEL // math.prod(logits.shape[1:]))
     return torch.cat([reduce(chunk.float() / temperature) for chunk in torch.split(logits, images_per_chunk)])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of, named_inputs
+from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of
 from setar_peft.objectives.loss import LossSums, LossValues
 
 if TYPE_CHECKING:
@@ -39,35 +39,17 @@ def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]
             module.training = True
 
 
-def encoded_classes(
-    backbone: Backbone,
-    prompt_tokens: Callable[[Backbone], Mapping[str, Tensor]],
-    prompt_batch_size: int,
-    device: torch.device,
-) -> ClassWeights:
-    """The map from features to logits, (classes, d): by class prompts where the model needs them, else its own.
-
-    Args:
-        backbone: The model's backbone.
-        prompt_tokens: `backbone -> tokens` of the prompts, each (classes, tokens); called only where there are prompts.
-        prompt_batch_size: Prompts encoded at once.
-        device: Where the model computes.
-    """
-    text = None
-    if backbone.needs_prompts:
-        tokens = {name: value.to(device) for name, value in prompt_tokens(backbone).items()}
-        text = backbone.text_features(tokens, prompt_batch_size)
-    return backbone.class_weights(text)
-
-
 class Objective(ABC):
     """A loss over images or texts that adds up batch by batch, so that the search can replay, chunk and reduce it.
 
     Attributes:
+        prompt: The template of the class prompts, with "{class}" in it, or one text a class; None where there is none.
+            Tables name it.
         prompt_batch_size: Class prompts encoded at once.
         sums_size: How many numbers `sums` gives.
     """
 
+    prompt: str | Sequence[str] | None = None
     prompt_batch_size: ClassVar[int] = 256
     sums_size: ClassVar[int] = len(LossSums._fields)
 
@@ -79,18 +61,24 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def class_tokens(self, length: int | None = None) -> Mapping[str, Tensor]:
+    def class_tokens(self, backbone: Backbone) -> Mapping[str, Tensor]:
         """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
 
         Args:
-            length: Tokens that every prompt is padded to; by default as many as the longest has. Given only for models
-                that ask for it (SigLIP), so an objective for others need not take it.
+            backbone: Of the model that they are for: `longest_prompt` and `pads_prompts` say how long they have to be.
+                Asked only where it `needs_prompts`.
         """
 
-    def prompt_tokens(self, backbone: Backbone) -> Mapping[str, Tensor]:
-        """The class prompts, padded as a backbone needs them."""
-        length = backbone.prompt_length
-        return self.class_tokens() if length is None else self.class_tokens(length)
+    def class_weights(self, backbone: Backbone) -> ClassWeights:
+        """The map from features to logits: by the class prompts where a model needs them, else its own classifier.
+
+        Args:
+            backbone: Of the model, `backbone_of(model)`.
+        """
+        text = None
+        if backbone.needs_prompts:
+            text = backbone.text_features(self.class_tokens(backbone), self.prompt_batch_size)
+        return backbone.class_weights(text)
 
     @abstractmethod
     def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
@@ -124,10 +112,9 @@ class Objective(ABC):
         """
         total: Any = 0.0
         with evaluation_mode(model) as (backbone, device):
-            classes = encoded_classes(backbone, self.prompt_tokens, self.prompt_batch_size, device)
+            classes = self.class_weights(backbone)
             for batch, labels in self.batches():
-                inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}
-                features = backbone.embedded(backbone.image_features(inputs))
+                features = backbone.embedded(backbone.image_features(batch))
                 total = total + self.sums(features, classes, labels.to(device))
         return self.values(total)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from setar_peft.backbones import ClassWeights, ImageFeatures
+from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures
 from setar_peft.data.images import ImageSource
 from setar_peft.data.texts import NamedInputs
 from setar_peft.objectives.base import Objective
@@ -78,6 +79,7 @@ class LoCoOpObjective(Objective):
         else:
             self.images = ImageSource(processor, dataset, labels, image_column=image_column, **settings)
         self._tokenizer = getattr(processor, "tokenizer", processor)
+        self.prompt = prompt
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,11 +88,14 @@ class LoCoOpObjective(Objective):
         """Pixel values, or the model's inputs by name, and labels of every image, processed batch by batch."""
         yield from self.images.batches()
 
-    def class_tokens(self, length: int | None = None) -> dict[str, Tensor]:
+    def class_tokens(self, backbone: Backbone) -> dict[str, Tensor]:
         """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
 
+        Warns of prompts that are longer than the model takes, and of classes that it cannot tell apart because the
+        tokens of their prompts are equal.
+
         Args:
-            length: Tokens that every prompt is padded to; by default as many as the longest has.
+            backbone: Of the model that they are for.
 
         Raises:
             ValueError: If the processor has no tokenizer.
@@ -100,9 +105,37 @@ class LoCoOpObjective(Objective):
                 f"The model classifies by prompts, and processor is a {type(self._tokenizer).__name__}, which cannot "
                 "tokenise them. Give the model's processor, or its tokenizer with images as pixel values."
             )
-        padding: bool | str = True if length is None else "max_length"
-        tokens = self._tokenizer(self.prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
+        longest = backbone.longest_prompt
+        padding: bool | str = "max_length" if backbone.pads_prompts else True
+        tokens = self._tokenizer(
+            self.prompts, padding=padding, max_length=longest, truncation=True, return_tensors="pt"
+        )
+        self._warn_of_lost_words(tokens["input_ids"], longest)
         return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
+
+    def _warn_of_lost_words(self, ids: Tensor, longest: int) -> None:
+        """Warn of prompts that lost words to the model's length, and of different prompts with equal tokens."""
+        if ids.shape[1] == longest:
+            whole = self._tokenizer(self.prompts, padding=False, truncation=False)["input_ids"]
+            cut = [prompt for prompt, row in zip(self.prompts, whole, strict=True) if len(row) > longest]
+            if cut:
+                warnings.warn(
+                    f"{len(cut)} of {len(ids)} class prompts are longer than the {longest} tokens that the model takes "
+                    f"and are cut: {_listed(cut)}.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+        groups: dict[tuple[int, ...], set[str]] = {}
+        for prompt, row in zip(self.prompts, ids.tolist(), strict=True):
+            groups.setdefault(tuple(row), set()).add(prompt)
+        for equal in groups.values():
+            if len(equal) > 1:
+                warnings.warn(
+                    f"The model cannot tell the classes of these prompts apart, since their tokens are equal: "
+                    f"{_listed(sorted(equal))}.",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
     def settings(self) -> dict[str, Any]:
         """Classes, prompts and the loss's settings."""
@@ -138,6 +171,11 @@ class LoCoOpObjective(Objective):
     def values(self, sums: Tensor) -> LossValues:
         """The LoCoOp loss and its parts."""
         return locoop_values(sums, self.ood_weight)
+
+
+def _listed(texts: Sequence[str], most: int = 10) -> str:
+    listed = ", ".join(map(repr, texts[:most]))
+    return f"{listed} and {len(texts) - most} more" if len(texts) > most else listed
 
 
 def _are_texts(dataset: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,9 +19,10 @@ class PatchMetricObjective(LoCoOpObjective):
     """Minimises 1 - AUROC, or FPR95, of telling the images from the OOD patches in them by MCM.
 
     The images are in-distribution and scored by MCM on their global logits; the patches that do not have the true
-    class among their top K (paper, Eq. 10) stand for OOD images and are scored by MCM on their local logits. Like the
-    published code's metric criteria, it needs no OOD data. The scores are counted in bins, so that the metric adds up
-    over batches and processes; scores in one bin count as ties.
+    class among their top K (paper, Eq. 10) stand for OOD images and are scored by MCM on their local logits. MCM reads
+    cosines at temperature 1, as in the evaluation: the temperature is the model's logit scale, 1 for a classifier. Like
+    the published code's metric criteria, it needs no OOD data. The scores are counted in bins, so that the metric adds
+    up over batches and processes; scores in one bin count as ties.
 
     Args:
         args: As `LoCoOpObjective`.
@@ -31,9 +33,10 @@ class PatchMetricObjective(LoCoOpObjective):
         ValueError: As `LoCoOpObjective`, or if the metric is unknown.
     """
 
-    # Bins over the log-odds of the score: at temperature 1 most scores lie within 1e-3 of 1.
-    bins: ClassVar[int] = 2**14
-    log_odds: ClassVar[float] = 16.0
+    # Bins of equal relative width, 2048 an octave, over the log of the likeliest class's odds over chance. Of cosines
+    # it is between 0 and 2, often all scores within a few hundredths; of a confident classifier's logits 10 and more.
+    bins: ClassVar[int] = 2**15
+    octaves: ClassVar[tuple[int, int]] = (-10, 6)
     sums_size: ClassVar[int] = len(LossSums._fields) + 2 * bins
 
     def __init__(self, *args: Any, metric: PatchMetric = "auroc", **kwargs: Any) -> None:
@@ -57,9 +60,9 @@ class PatchMetricObjective(LoCoOpObjective):
             labels,
             top_k=self.top_k,
             mask=mask,
-            on_ood_patches=lambda logits: patches.append(self._counts(logits)),
+            on_ood_patches=lambda logits: patches.append(self._counts(logits / classes.scale)),
         )
-        images = self._counts(classes.logits(pooled))
+        images = self._counts(classes.logits(pooled) / classes.scale)
         ood = torch.stack(patches).sum(0) if patches else torch.zeros_like(images)
         return torch.cat([torch.stack(loss), images, ood])
 
@@ -71,10 +74,14 @@ class PatchMetricObjective(LoCoOpObjective):
         return loss._replace(total=minimised)
 
     def _counts(self, logits: Tensor) -> Tensor:
-        log_score = logits.log_softmax(-1).amax(-1)
-        odds = log_score - torch.log(-torch.expm1(log_score)).clamp(min=-2 * self.log_odds)
-        place = ((odds / self.log_odds + 1) / 2 * self.bins).long().clamp(0, self.bins - 1)
-        return torch.bincount(place, minlength=self.bins).to(torch.float64)
+        """How many of the logits (n, classes) have their MCM in each bin, (bins,), float64."""
+        largest, likeliest = logits.max(-1, keepdim=True)
+        # Of the largest logit over the others and not of a softmax, which rounds to 1 where the model is sure.
+        others = logits.scatter(-1, likeliest, -math.inf).logsumexp(-1)
+        over_chance = largest[..., 0] - others + math.log(logits.shape[-1] - 1)
+        low, high = self.octaves
+        place = (over_chance.clamp(min=0).log2() - low) / (high - low) * self.bins
+        return torch.bincount(place.clamp(0, self.bins - 1).long(), minlength=self.bins).to(torch.float64)
 
 
 def _one_minus_auroc(images: Tensor, patches: Tensor) -> float:

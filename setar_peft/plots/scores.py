@@ -24,12 +24,12 @@ _BINS = 30
 def score_figure(before: ScoresBySet, after: ScoresBySet, score: str = "score", id_set: str = "ID") -> Figure:
     """Histograms of a score before and after, ID against each OOD set, with the threshold that keeps 95 % of ID.
 
-    The shares are on a logarithmic axis: a confident model's scores crowd at the top, and the tails decide.
+    The shares are on a logarithmic axis: the tails decide.
 
     Args:
         before: Name of a set -> the base model's scores, (n,).
         after: The same sets -> the scores with the adapter.
-        score: Name of the score, for the axes.
+        score: Name of the score, for the axes, with its temperature: see `Evaluation.score_label`.
         id_set: Which set is in-distribution; every other is an OOD set and gets a column.
 
     Raises:

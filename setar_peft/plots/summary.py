@@ -22,7 +22,7 @@ def summary_figure(
         trace: A search.
         before: Name of a set -> the base model's scores, (n,).
         after: The same sets -> the scores with the adapter.
-        score: Name of the score, for the axes.
+        score: Name of the score, for the axes, with its temperature.
         id_set: Which set is in-distribution.
 
     Raises:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from setar_peft.backbones import Backbone, ClassWeights, named_inputs
 from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import residual_rank
-from setar_peft.objectives.base import Objective, encoded_classes
+from setar_peft.objectives.base import Objective
 from setar_peft.search.plan import SearchPlan, block_passes, plan_search
 from setar_peft.search.recording import MemoryBudget
 from setar_peft.search.replay import SharedPrefix
@@ -126,7 +126,7 @@ def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config
         backbone.input_tower: _probe(backbone, plan, backbone.input_tower, [batch for batch, _ in batches], images)
     }
     if backbone.needs_prompts:
-        tokens = objective.prompt_tokens(backbone)
+        tokens = objective.class_tokens(backbone)
         batch = {name: value[: objective.prompt_batch_size] for name, value in tokens.items()}
         costs["text"] = _probe(backbone, plan, "text", [batch, batch], len(tokens["input_ids"]))
     loss_seconds, loss_bytes, class_weights = _probe_loss(backbone, objective, batches[-1], images)
@@ -229,7 +229,7 @@ def _probe_loss(backbone: Backbone, objective: Objective, batch: Any, images: in
     """Seconds and bytes that the loss of all images takes on top of the towers, and the class weights."""
     inputs, labels = batch
     device = next(backbone.model.parameters()).device
-    classes = encoded_classes(backbone, objective.prompt_tokens, objective.prompt_batch_size, device)
+    classes = objective.class_weights(backbone)
     features, labels = backbone.image_features(_on(device, inputs)), labels.to(device)
     with PeakMemory() as memory:
         embedded = backbone.embedded(features)

@@ -264,7 +264,7 @@ class ReplayEvaluator(Evaluator):
                 yield {name: values[part] for name, values in inputs.items()}
 
     def _prompt_inputs(self) -> Iterator[dict[str, Tensor]]:
-        tokens = self._objective.prompt_tokens(self._backbone)
+        tokens = self._objective.class_tokens(self._backbone)
         size = self._objective.prompt_batch_size
         for start in range(0, len(tokens["input_ids"]), size):
             yield {key: value[start : start + size] for key, value in tokens.items()}

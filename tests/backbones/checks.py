@@ -180,9 +180,19 @@ class WordTokenizer:
         self.with_mask = with_mask
 
     def __call__(
-        self, texts: list[str], *, padding: bool | str, max_length: int | None = None, **_: Any
-    ) -> dict[str, torch.Tensor]:
+        self,
+        texts: list[str],
+        *,
+        padding: bool | str,
+        truncation: bool = False,
+        max_length: int | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
         ids = [[1, *(self.words.setdefault(word, 3 + len(self.words)) for word in text.split()), 2] for text in texts]
+        if truncation and max_length is not None:
+            ids = [row if len(row) <= max_length else [*row[: max_length - 1], 2] for row in ids]
+        if not padding:
+            return {"input_ids": ids}
         length = max_length if padding == "max_length" else max(map(len, ids))
         assert length is not None
         tokens = {"input_ids": torch.tensor([row + [0] * (length - len(row)) for row in ids])}

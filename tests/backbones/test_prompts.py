@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,14 +17,16 @@ WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 END = 39
 
 
+def tiny_clip(attention: str, end: int = END) -> Any:
+    vision = {**WIDTHS, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
+    text = {**WIDTHS, "num_hidden_layers": 3, "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": end}
+    model = CLIPModel._from_config(CLIPConfig(vision_config=vision, text_config=text), attn_implementation=attention)
+    return checks.randomised(model)
+
+
 @pytest.fixture(params=["eager", "sdpa"])
 def tiny(request: pytest.FixtureRequest) -> Any:
-    vision = {**WIDTHS, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
-    text = {**WIDTHS, "num_hidden_layers": 3, "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": END}
-    model = CLIPModel._from_config(
-        CLIPConfig(vision_config=vision, text_config=text), attn_implementation=request.param
-    )
-    return checks.randomised(model)
+    return tiny_clip(request.param)
 
 
 def padded(rows: list[list[int]], length: int | None = None, *, left: bool = False) -> dict[str, Tensor]:
@@ -59,6 +62,59 @@ def test_features_are_the_models_own(tiny: Any, name: str, with_mask: bool) -> N
         del tokens["attention_mask"]
     expected = tiny.get_text_features(**tokens).pooler_output
     torch.testing.assert_close(backbone_of(tiny).text_features(tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+def holed(*places: tuple[int, int]) -> dict[str, Tensor]:
+    """The prompts that begin alike, with zeros in the attention mask at (prompt, token)."""
+    tokens = padded(ALIKE)
+    for place in places:
+        tokens["attention_mask"][place] = 0
+    return tokens
+
+
+def padded_with_the_end(*, left: bool) -> dict[str, Tensor]:
+    tokens = padded(ALIKE, left=left)
+    return {**tokens, "input_ids": tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, END)}
+
+
+# Attention masks that the tokenizers of CLIP do not make by default, but that may be asked of them, or made by hand.
+UNUSUAL = {
+    "padded with the end on the left": padded_with_the_end(left=True),
+    "holes": holed((0, 1), (2, 0), (2, 3)),
+    "a hole at the end": holed((0, 5)),
+    "no first token": holed(*((row, 0) for row in range(4))),
+    "nothing of one prompt": holed(*((1, token) for token in range(8))),
+}
+BLIND = {"padded with the end on the left", "nothing of one prompt"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("end", [END, 2], ids=["end by id", "end by the largest id"])
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_features_are_the_models_own_whatever_the_mask(attention: str, end: int, name: str, with_mask: bool) -> None:
+    """Also where the model reads a token that may attend to nothing, and what it then makes of it is its affair."""
+    model = tiny_clip(attention, end)
+    tokens = {key: value for key, value in UNUSUAL[name].items() if with_mask or key == "input_ids"}
+    expected = model.get_text_features(**tokens).pooler_output
+    says = pytest.warns(UserWarning, match=r"only padding.*padding_side = 'right'")
+    with says if with_mask and name in BLIND else nullcontext():
+        found = backbone_of(model).text_features(tokens)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_that_the_model_cannot_read_are_refused(tiny: Any) -> None:
+    backbone = backbone_of(tiny)
+    with pytest.raises(
+        ValueError, match=r"prompts have 17 tokens; this model was trained with at most 16.*max_length=16"
+    ):
+        backbone.text_features(padded(ALIKE, 17))
+    without = padded(ALIKE)
+    without["input_ids"][2] = without["input_ids"][2].clamp(max=END - 1)
+    with pytest.raises(ValueError, match=r"1 of 4 class prompts have no end token \(id 39\).* number 2.*tokenizer"):
+        backbone.text_features(without)
 
 
 @torch.no_grad()

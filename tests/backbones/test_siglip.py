@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipForIma
 
 from setar_peft import SeTARConfig, search_rank_ratios
 from setar_peft.backbones import backbone_of, default_target_modules
+from setar_peft.data.images import ImageSource
+from setar_peft.detection.evaluation import image_logits, image_scores
+from setar_peft.detection.scores import local_mcm, score
 from tests.backbones import checks
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -106,9 +110,52 @@ def test_the_last_block_computes_only_what_is_read(tiny: Any, tokens: dict[str, 
 def test_prompts_are_padded_to_full_length(tiny: Any) -> None:
     """SigLIP reads the last token, so the padding is part of what it was trained on."""
     objective = checks.make_objective(checks.random_images(12, 3, 32, 32), checks.WordTokenizer(with_mask=False))
-    assert objective.prompt_tokens(backbone_of(tiny))["input_ids"].shape == (4, 12)
-    assert set(objective.class_tokens()) == {"input_ids"}
-    assert objective.class_tokens()["input_ids"].shape == (4, 7)
+    tokens = objective.class_tokens(backbone_of(tiny))
+    assert set(tokens) == {"input_ids"}
+    assert tokens["input_ids"].shape == (4, 12)
+
+
+def test_prompts_of_another_length_are_refused(tiny: Any) -> None:
+    """Silently 0.3 off otherwise: it reads the last token, whatever it is."""
+    for length in (7, 13):
+        tokens = checks.WordTokenizer()(["a photo of a cat"], padding="max_length", max_length=length)
+        message = rf"have {length} tokens; this model was trained with exactly 12.*padding='max_length', max_length=12"
+        with pytest.raises(ValueError, match=message):
+            backbone_of(tiny).text_features(tokens)
+
+
+def test_everybody_encodes_the_prompts_alike(tiny: Any) -> None:
+    """Logits of one batch, of a set, and those that the losses read are the stock model's."""
+    objective = checks.make_objective(checks.random_images(12, 3, 32, 32), checks.WordTokenizer())
+    tokens = checks.WordTokenizer()(objective.prompts, padding="max_length", max_length=12)
+    with torch.no_grad():
+        output = tiny(pixel_values=checks.random_images(12, 3, 32, 32), **tokens)
+    logits = image_logits(tiny, objective, checks.random_images(12, 3, 32, 32))
+    torch.testing.assert_close(logits.pooled, output.logits_per_image, rtol=1e-5, atol=1e-5)
+    images = image_scores(tiny, objective, ImageSource(None, checks.random_images(12, 3, 32, 32)))
+    torch.testing.assert_close(images.logits, output.logits_per_image, rtol=1e-5, atol=1e-5)
+    loss = torch.nn.functional.cross_entropy(output.logits_per_image, checks.labels_of(12))
+    assert objective.losses(tiny).id_loss == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_the_temperature_is_the_scale_alone(tiny: Any) -> None:
+    """The bias shifts the logits of all classes alike, which no softmax sees."""
+    tiny.logit_scale.data.fill_(math.log(110.0))
+    objective = checks.make_objective(checks.random_images(12, 3, 32, 32), checks.WordTokenizer())
+    logits = image_logits(tiny, objective, checks.random_images(12, 3, 32, 32))
+    cosines = (logits.pooled - tiny.logit_bias.item()) / 110.0
+    torch.testing.assert_close(score("mcm", logits), cosines.softmax(-1).amax(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_scores_of_padded_patches_are_those_of_the_others(tiny2: Any) -> None:
+    objective = checks.make_objective(flexible_images(12), checks.WordTokenizer())
+    logits = image_logits(tiny2, objective, flexible_images(4))
+    assert logits.local is not None
+    assert logits.mask is not None
+    alone = [
+        local_mcm(patches[real][None], logits.scale) for patches, real in zip(logits.local, logits.mask, strict=True)
+    ]
+    torch.testing.assert_close(score("local_mcm", logits), torch.cat(alone))
 
 
 @pytest.mark.parametrize("family", ["siglip", "siglip2"])

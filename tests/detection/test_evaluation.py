@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import CLIPModel, CLIPTokenizer
 
 from setar_peft import LoCoOpObjective, SeTARConfig
+from setar_peft.backbones import backbone_of
 from setar_peft.data.images import ImageSource
 from setar_peft.detection import evaluation
 from setar_peft.detection.evaluation import evaluate, image_logits, image_scores
@@ -50,7 +51,7 @@ def labelled(pixels: torch.Tensor, batch_size: int = 5) -> ImageSource:
 
 def stock_global_logits(model: Any, objective: LoCoOpObjective, pixels: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(pixel_values=pixels, **objective.class_tokens()).logits_per_image
+        return model.eval()(pixel_values=pixels, **objective.class_tokens(backbone_of(model))).logits_per_image
 
 
 def test_global_logits_are_those_of_the_stock_forward(model: Any, objective: Any, pixels: torch.Tensor) -> None:
@@ -69,13 +70,13 @@ def test_scores_are_those_of_the_published_codes_logits(
     found = image_scores(model, objective, labelled(pixels), scores=["mcm", "gl_mcm"])
     global_logits, local_logits = golden_clip["logits_global"], golden_clip["logits_local"].flatten(1, 2)
     torch.testing.assert_close(found.logits, global_logits, atol=2e-4, rtol=0)
-    torch.testing.assert_close(found.scores["mcm"], mcm(global_logits), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.scores["gl_mcm"], gl_mcm(global_logits, local_logits), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.scores["mcm"], mcm(global_logits, 100), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.scores["gl_mcm"], gl_mcm(global_logits, local_logits, 100), atol=1e-4, rtol=0)
 
 
 def test_figures_are_scikit_learns(model: Any, objective: Any, pixels: torch.Tensor) -> None:
     found = evaluate(model, objective, labelled(pixels[:12]), {"rest": pixels[12:]}, scores=["mcm"])
-    scores = mcm(stock_global_logits(model, objective, pixels)).numpy()
+    scores = mcm(stock_global_logits(model, objective, pixels), 100).numpy()
     is_id = np.arange(24) < 12
     metrics = found.metrics("rest", "mcm")
     assert metrics.auroc == pytest.approx(roc_auc_score(is_id, scores))
@@ -116,10 +117,10 @@ def test_patches_that_are_padding_count_for_nothing() -> None:
     local = torch.randn(3, 4, 5)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
     features = evaluation.ImageFeatures(torch.randn(3, 5), local, mask)
-    ((_, padded),) = evaluation._parts(features, evaluation.ClassWeights(torch.eye(5)), needs_local=True)
-    assert padded is not None
-    for image, logits, real in zip(local, padded, mask, strict=True):
-        assert torch.equal(local_mcm(logits[None]), local_mcm(image[real][None]))
+    (padded,) = evaluation._parts(features, evaluation.ClassWeights(torch.eye(5)), needs_local=True)
+    assert padded.local is not None
+    for image, logits, real in zip(local, padded.local, mask, strict=True):
+        assert torch.equal(local_mcm(logits[None], 1.0), local_mcm(image[real][None], 1.0))
 
 
 def test_a_peft_model_is_evaluated_with_its_adapter(model: Any, objective: Any, pixels: torch.Tensor) -> None:
@@ -138,7 +139,7 @@ def test_the_model_is_left_in_the_mode_it_was_in(model: Any, objective: Any, pix
     model.text_model.eval()
     before = [module.training for module in model.modules()]
     image_scores(model, objective, labelled(pixels))
-    logits = image_logits(model, objective.class_tokens(), pixels[:2])
+    logits = image_logits(model, objective, pixels[:2])
     assert [module.training for module in model.modules()] == before
     assert not logits.pooled.requires_grad
     with pytest.raises(ValueError, match="The images have shape"):

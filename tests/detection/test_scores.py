@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from setar_peft.backbones import Logits
 from setar_peft.detection import scores
-from setar_peft.detection.scores import SCORES, find_score, gl_mcm, local_mcm, score
+from setar_peft.detection.scores import SCORES, find_score, gl_mcm, local_mcm
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,6 +31,10 @@ PUBLISHED = {
     "entropy": "entropy_score",
     "variance": "var_score",
 }
+
+
+def score(name: str, pooled: Tensor, local: Tensor | None = None, *, scale: float = 1.0, **settings: Any) -> Tensor:
+    return scores.score(name, Logits(pooled, local, scale), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +138,11 @@ def test_pooling_by_hand() -> None:
     """Two patches that are sure of different classes: sure as patches, undecided as classes."""
     local_logits = torch.tensor([[[4.0, 0.0], [0.0, 4.0]]])
     sure = torch.sigmoid(torch.tensor([4.0]))
-    torch.testing.assert_close(local_mcm(local_logits), sure)
-    torch.testing.assert_close(local_mcm(local_logits, pooling="class"), torch.tensor([0.5]))
+    torch.testing.assert_close(local_mcm(local_logits, 1.0), sure)
+    torch.testing.assert_close(local_mcm(local_logits, 1.0, "class"), torch.tensor([0.5]))
     undecided = torch.zeros(1, 2)
-    torch.testing.assert_close(gl_mcm(undecided, local_logits), 0.5 + sure)
-    torch.testing.assert_close(gl_mcm(undecided, local_logits, pooling="class"), torch.tensor([1.0]))
+    torch.testing.assert_close(gl_mcm(undecided, local_logits, 1.0), 0.5 + sure)
+    torch.testing.assert_close(gl_mcm(undecided, local_logits, 1.0, "class"), torch.tensor([1.0]))
 
 
 def test_pooling_is_the_same_for_one_patch_and_follows_the_temperature(logits) -> None:
@@ -246,7 +252,7 @@ def test_bfloat16_logits_keep_distinct_scores() -> None:
     generator = torch.Generator().manual_seed(0)
     global_logits = (20 + 4 * torch.randn(400, 1000, generator=generator)).bfloat16()
     local_logits = (20 + 8 * torch.randn(400, 4, 1000, generator=generator)).bfloat16()
-    ours = gl_mcm(global_logits, local_logits)
+    ours = gl_mcm(global_logits, local_logits, 1.0)
     assert len(ours.unique()) > 390
     # What the guard is for: the same in the model's own dtype.
     in_bfloat16 = global_logits.softmax(-1).amax(-1) + local_logits.softmax(-1).amax((1, 2))
@@ -267,11 +273,11 @@ def test_no_float32_copy_of_the_set(logits, monkeypatch, pooling) -> None:
     budget = 4 * local_logits[0].numel()
     monkeypatch.setattr(scores, "_CHUNK_NUMEL", budget)
     with LargestFloat32() as largest:
-        gl_mcm(global_logits, local_logits, pooling=pooling)
+        gl_mcm(global_logits, local_logits, 1.0, pooling)
     assert local_logits[0].numel() <= largest.numel <= budget
     monkeypatch.setattr(scores, "_CHUNK_NUMEL", 10**9)
     with LargestFloat32() as largest:
-        gl_mcm(global_logits, local_logits, pooling=pooling)
+        gl_mcm(global_logits, local_logits, 1.0, pooling)
     assert largest.numel == local_logits.numel()
 
 
@@ -297,9 +303,86 @@ def test_every_score_is_named_once() -> None:
     for name, entry in SCORES.items():
         assert entry.function is getattr(scores, name)
         arguments = list(inspect.signature(entry.function).parameters)
-        assert arguments[: len(entry.reads)] == [f"{kind}_logits" for kind in entry.reads]
+        assert arguments[: len(entry.reads) + 1] == [*(f"{kind}_logits" for kind in entry.reads), "temperature"]
         assert find_score(name) is entry
     assert {name for name, entry in SCORES.items() if entry.needs_local} == {"local_mcm", "gl_mcm"}
+
+
+def test_a_score_of_cosines_has_no_temperature_of_its_own(logits) -> None:
+    """So that nobody takes the softmax of a CLIP's scaled logits without having said so."""
+    for name, entry in SCORES.items():
+        assert entry.of_cosines == (name in {"mcm", "local_mcm", "gl_mcm", "entropy", "variance"})
+        read = [part for part, kind in zip(logits, ("global", "local"), strict=True) if kind in entry.reads]
+        if entry.of_cosines:
+            with pytest.raises(TypeError, match="temperature"):
+                entry.function(*read)
+        else:
+            assert torch.equal(entry.function(*read), entry.function(*read, 1.0))
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_the_temperature_by_default_is_the_papers(logits, name: str) -> None:
+    """Cosines at 1 where the paper's score reads cosines, the model's own logits at 1 elsewhere."""
+    cosines = [part / 100 for part in logits]
+    reads_cosines = name not in ("msp", "max_logit", "energy")
+    expected = score(name, *(cosines if reads_cosines else logits), temperature=1.0)
+    torch.testing.assert_close(score(name, *logits, scale=100.0), expected)
+    torch.testing.assert_close(score(name, *logits, scale=torch.tensor(100.0)), expected)
+    assert find_score(name).settings(100.0, {})["temperature"] == (100.0 if reads_cosines else 1.0)
+    # An argument has the last word, and a classifier's scale is 1.
+    assert torch.equal(score(name, *logits, scale=100.0, temperature=7.0), score(name, *logits, temperature=7.0))
+    assert find_score(name).settings(1.0, {})["temperature"] == 1.0
+
+
+@pytest.mark.parametrize("local_weight", [0.0, 0.5, 2.0])
+def test_the_weight_of_the_local_part(logits, local_weight: float) -> None:
+    expected = scores.mcm(logits[0], 3.0) + local_weight * local_mcm(logits[1], 3.0)
+    assert torch.equal(gl_mcm(*logits, 3.0, local_weight=local_weight), expected)
+    assert torch.equal(score("gl_mcm", *logits, scale=3.0, local_weight=local_weight), expected)
+
+
+def test_wrong_settings_get_a_sentence(logits) -> None:
+    for wrong in (-0.5, math.inf, math.nan):
+        message = message_of(score, "gl_mcm", *logits, local_weight=wrong)
+        assert f"local_weight is {wrong!r}; give a finite number of 0 or more" in message
+    message = message_of(score, "mcm", *logits, local_weight=0.5, temprature=1.0)
+    assert "mcm has no setting 'local_weight', 'temprature'; it has 'temperature'" in message
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_autocast_changes_nothing(logits, name: str) -> None:
+    expected = score(name, *logits, scale=100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(name, *logits, scale=100.0)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.shared_data
+def test_the_published_scores_are_of_cosines(shared_data: Path) -> None:
+    """Of logits, 100 times larger, they would span the whole range from 1 / classes to 1 and to 2."""
+    for file, classes in (
+        ("clip_base_voc_setar.npz", 14),
+        ("clip_base_imagenet1k_setar.npz", 1000),
+        ("clip_base_imagenet1k_vanilla_gl_mcm.npz", 1000),
+    ):
+        with np.load(shared_data / "scores" / file) as published:
+            for key in published.files:
+                parts = 2 if key.endswith("gl_mcm_score") else 1
+                over_chance = -published[key] * classes / parts
+                # A cosine is at most 2 above another; CLIP's class prompts are far closer than that.
+                assert over_chance.min() > 1
+                assert over_chance.max() < 1.3
+    # A model with cosines like CLIP's, at the defaults and as the same logits at temperature 1.
+    generator = torch.Generator().manual_seed(0)
+    for classes in (14, 1000):
+        pooled = 100 * (0.2 + 0.03 * torch.randn(500, classes, generator=generator))
+        local = 100 * (0.2 + 0.03 * torch.randn(500, 49, classes, generator=generator))
+        for name, parts in (("mcm", 1), ("gl_mcm", 2)):
+            found = score(name, pooled, local, scale=100.0) * classes / parts
+            assert found.min() > 1
+            assert found.max() < 1.3
+            assert score(name, pooled, local, temperature=1.0).mean() * classes / parts > 4
 
 
 @pytest.mark.parametrize("name", GLOBAL_SCORES)
@@ -325,7 +408,7 @@ def test_unknown_score() -> None:
 def test_missing_local_logits(name: str) -> None:
     message = message_of(score, name, torch.zeros(2, 3))
     assert repr(name) in message
-    assert "local_logits and got None" in message
+    assert "local logits, which are None" in message
     assert "(n, patches, classes)" in message
     assert all(repr(other) in message for other in GLOBAL_SCORES)
 
@@ -352,21 +435,21 @@ def test_bad_global_logits(name: str) -> None:
 
 
 def test_bad_local_logits() -> None:
-    message = message_of(local_mcm, torch.zeros(2, 4, 4, 3))
+    message = message_of(local_mcm, torch.zeros(2, 4, 4, 3), 1.0)
     assert "local_logits have shape (2, 4, 4, 3), 4 dimensions" in message
     assert "give 3: (n, patches, classes)" in message
     assert "flatten(1, 2)" in message
-    message = message_of(local_mcm, torch.zeros(2, 3))
+    message = message_of(local_mcm, torch.zeros(2, 3), 1.0)
     assert "2 dimensions" in message
     assert "flatten" not in message
-    assert "no patches" in message_of(local_mcm, torch.zeros(2, 0, 3))
-    assert "no classes" in message_of(local_mcm, torch.zeros(2, 4, 0))
-    assert "torch.bool" in message_of(local_mcm, torch.zeros(2, 4, 3, dtype=torch.bool))
+    assert "no patches" in message_of(local_mcm, torch.zeros(2, 0, 3), 1.0)
+    assert "no classes" in message_of(local_mcm, torch.zeros(2, 4, 0), 1.0)
+    assert "torch.bool" in message_of(local_mcm, torch.zeros(2, 4, 3, dtype=torch.bool), 1.0)
 
 
 def test_unknown_pooling() -> None:
     for function, args in ((local_mcm, ()), (gl_mcm, (torch.zeros(2, 3),))):
-        message = message_of(function, *args, torch.zeros(2, 4, 3), pooling="mean")
+        message = message_of(function, *args, torch.zeros(2, 4, 3), 1.0, pooling="mean")
         assert "pooling is 'mean'" in message
         assert "'patch'" in message
         assert "'class'" in message
@@ -374,7 +457,7 @@ def test_unknown_pooling() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 4, 3), (2, 4, 5)])
 def test_global_and_local_logits_of_different_sets(shape: tuple[int, ...]) -> None:
-    message = message_of(gl_mcm, torch.zeros(2, 3), torch.zeros(shape))
+    message = message_of(gl_mcm, torch.zeros(2, 3), torch.zeros(shape), 1.0)
     assert "(2, 3)" in message
     assert str(shape) in message
     assert "same n images" in message

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, Objective, SeTARConfig, search_rank_ratios
-from setar_peft.backbones import ClassWeights, ImageFeatures
+from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of
 from setar_peft.objectives.loss import LossValues, locoop_loss
 from tests.backbones import checks
 
@@ -41,7 +41,8 @@ def test_a_model_is_evaluated_in_evaluation_mode_and_left_in_its_own(
     assert [module.training for module in model.modules()] == before
 
 
-def test_prompts() -> None:
+def test_prompts(load_clip: Clip) -> None:
+    backbone = backbone_of(load_clip())
     texts: list[str] = []
 
     class Listening(checks.WordTokenizer):
@@ -56,11 +57,15 @@ def test_prompts() -> None:
     }
     for prompt, expected in made.items():
         texts.clear()
-        LoCoOpObjective(Listening(), ["cat", "dog"], images, [0, 1, 0, 1], top_k=1, prompt=prompt).class_tokens()
+        LoCoOpObjective(Listening(), ["cat", "dog"], images, [0, 1, 0, 1], top_k=1, prompt=prompt).class_tokens(
+            backbone
+        )
         assert texts == expected
     texts.clear()
     own = ["feline", "canine"]
-    LoCoOpObjective(Listening(), {1: "dog", 0: "cat"}, images, [0, 1, 0, 1], top_k=1, prompt=own).class_tokens()
+    LoCoOpObjective(Listening(), {1: "dog", 0: "cat"}, images, [0, 1, 0, 1], top_k=1, prompt=own).class_tokens(
+        backbone
+    )
     assert texts == own
 
 
@@ -107,8 +112,8 @@ class CrossEntropy(Objective):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.of.batches()  # type: ignore[return-value]
 
-    def class_tokens(self) -> dict[str, Tensor]:
-        return self.of.class_tokens()
+    def class_tokens(self, backbone: Backbone) -> dict[str, Tensor]:
+        return self.of.class_tokens(backbone)
 
     def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
         losses = torch.nn.functional.cross_entropy(classes.logits(features.pooled), labels, reduction="none")
@@ -137,7 +142,7 @@ def test_the_loss_is_that_of_the_logits(load_clip: Clip, clip_objective: MakeObj
     model, objective = load_clip(), clip_objective(top_k=3, ood_weight=0.2)
     pixels, labels = (torch.cat(parts) for parts in zip(*objective.batches(), strict=True))
     with torch.no_grad():
-        text = model.get_text_features(**objective.class_tokens()).pooler_output
+        text = model.get_text_features(**objective.class_tokens(backbone_of(model))).pooler_output
         logits = checks.logits_of(model, pixels, text)
     loss = locoop_loss(logits.pooled, logits.local, labels, ood_weight=0.2, top_k=3)
     assert objective(model) == pytest.approx(float(loss), rel=1e-6)

@@ -43,9 +43,9 @@ def test_equals_the_metric_of_the_scores(
     metric: str,
 ) -> None:
     losses = objective(metric).losses(load_clip())
-    images = mcm(golden_clip["logits_global"]).numpy()
+    images = mcm(golden_clip["logits_global"], 100.0).numpy()
     local = golden_clip["logits_local"].flatten(1, 2)[golden_clip["is_ood_patch.k2"].bool()]
-    patches = mcm(local).numpy()
+    patches = mcm(local, 100.0).numpy()
     if metric == "auroc":
         is_image = np.r_[np.ones(len(images)), np.zeros(len(patches))]
         expected = 1 - roc_auc_score(is_image, np.r_[images, patches])

@@ -129,7 +129,7 @@ def test_images_are_decoded_once_and_prompts_tokenised_once(load_clip: Clip, cli
     calls: Counter[str] = Counter()
     batches, tokens = objective.batches, objective.class_tokens
     objective.batches = lambda: calls.update(batches=1) or batches()  # type: ignore[method-assign]
-    objective.class_tokens = lambda: calls.update(tokens=1) or tokens()  # type: ignore[method-assign]
+    objective.class_tokens = lambda backbone: calls.update(tokens=1) or tokens(backbone)  # type: ignore[method-assign]
     search_rank_ratios(load_clip(), objective, progress=False)
     assert calls == {"batches": 1, "tokens": 1}
 
