@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,28 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer, Swinv2ForImageClassification
 
+import setar_peft
 from setar_peft import LoCoOpObjective, SeTARConfig
 from setar_peft.backbones import backbone_of
 from setar_peft.data.images import ImageSource
 from setar_peft.detection import evaluation
 from setar_peft.detection.evaluation import evaluate, image_logits, image_scores
-from setar_peft.detection.scores import gl_mcm, local_mcm, mcm
+from setar_peft.detection.scores import SCORES, gl_mcm, local_mcm, mcm, score
 from tests.demo.conftest import one_thread  # noqa: F401 - every test here uses it
 
+# The published code's names; its figures have the sign turned: there lower means ID.
+PUBLISHED = {
+    "mcm": "mcm_score",
+    "local_mcm": "l_mcm_score",
+    "gl_mcm": "gl_mcm_score",
+    "energy": "energy_score",
+    "entropy": "entropy_score",
+    "variance": "var_score",
+}
 LABELS = torch.arange(6).repeat_interleave(4)
 
 
@@ -72,6 +84,83 @@ def test_scores_are_those_of_the_published_codes_logits(
     torch.testing.assert_close(found.logits, global_logits, atol=2e-4, rtol=0)
     torch.testing.assert_close(found.scores["mcm"], mcm(global_logits, 100), atol=1e-4, rtol=0)
     torch.testing.assert_close(found.scores["gl_mcm"], gl_mcm(global_logits, local_logits, 100), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "published"), PUBLISHED.items())
+def test_the_defaults_give_the_published_codes_scores_of_cosines(
+    model: Any, objective: Any, pixels: torch.Tensor, golden: Path, name: str, published: str
+) -> None:
+    """The scores at temperature 100, and energy, which the published code divides, too, when it is asked for."""
+    scores: Any = {"energy": {"temperature": 100}} if name == "energy" else [name]
+    found = evaluate(model, objective, labelled(pixels[:12]), {"rest": pixels[12:]}, scores=scores)
+    ours = torch.cat([found.id_images.scores[name], found.ood_images["rest"].scores[name]])
+    figures = load_file(golden / "tensors_clip_tiny.safetensors")
+    torch.testing.assert_close(ours.double(), -figures[f"score.T100.{published}"], rtol=1e-5, atol=2e-6)
+    assert (ours + figures[f"score.T1.{published}"]).abs().max() > 0.02
+    assert found.id_images.settings[name]["temperature"] == pytest.approx(100, rel=1e-6)
+
+
+def test_a_models_own_logits_are_read_at_temperature_1(
+    model: Any, objective: Any, pixels: torch.Tensor, golden: Path
+) -> None:
+    found = image_scores(model, objective, labelled(pixels), scores=["energy", "max_logit", "msp"])
+    figures = load_file(golden / "tensors_clip_tiny.safetensors")
+    logits = stock_global_logits(model, objective, pixels)
+    torch.testing.assert_close(found.scores["energy"].double(), -figures["score.T1.energy_score"], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.scores["max_logit"], logits.amax(-1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.scores["msp"].double(), -figures["score.T1.mcm_score"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "published"), PUBLISHED.items())
+def test_a_classifiers_temperature_is_1(golden: Path, class_names: list[str], name: str, published: str) -> None:
+    classifier = Swinv2ForImageClassification.from_pretrained(golden / "cases" / "swin_tiny").eval()
+    figures = load_file(golden / "tensors_swin_tiny.safetensors")
+    objective = LoCoOpObjective(None, class_names, figures["pixel_values_first4"], LABELS[:4], top_k=2)
+    found = evaluate(classifier, objective, objective.images, {"same": objective.images}, scores=[name])
+    ours, expected = found.id_images.scores[name].double(), -figures[f"score.T1.{published}"][:4]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert f"{name} (temperature 1). No prompts." in found.convention()
+    assert found.to_dict()["prompt"] is None
+
+
+def test_logits_of_a_batch_have_the_scores_of_a_set(model: Any, objective: Any, pixels: torch.Tensor) -> None:
+    logits = image_logits(model, objective, pixels[:5])
+    found = image_scores(model, objective, labelled(pixels[:5]), scores=list(SCORES))
+    assert float(logits.scale) == pytest.approx(100, rel=1e-6)
+    for name, values in found.scores.items():
+        torch.testing.assert_close(score(name, logits), values)
+
+
+def test_a_score_takes_its_settings_by_name(model: Any, objective: Any, pixels: torch.Tensor) -> None:
+    scores: Any = {"mcm": {}, "gl_mcm": {"local_weight": 0.5, "temperature": 50.0}}
+    found = evaluate(model, objective, labelled(pixels[:12]), {"rest": pixels[12:]}, scores=scores)
+    logits = image_logits(model, objective, pixels[:12])
+    expected = mcm(logits.pooled, 50) + 0.5 * local_mcm(logits.local, 50)
+    torch.testing.assert_close(found.id_images.scores["gl_mcm"], expected)
+    assert found.score_label("mcm") == "mcm (temperature 100)"
+    assert found.score_label("gl_mcm") == "gl_mcm (temperature 50, local weight 0.5)"
+    settings = found.to_dict()["scores"]
+    assert settings["gl_mcm"] == {"temperature": 50.0, "pooling": "patch", "local_weight": 0.5}
+
+
+def test_a_table_says_what_it_depends_on(model: Any, objective: Any, pixels: torch.Tensor) -> None:
+    found = evaluate(model, objective, labelled(pixels[:12]), {"rest": pixels[12:]})
+    said = " ".join(found.table().split())
+    for piece in (
+        "Scores: mcm (temperature 100), gl_mcm (temperature 100).",
+        'Prompt "a photo of a {class}".',
+        f"torch {torch.__version__}",
+        f"setar_peft {setar_peft.__version__}",
+        "at least 95 % of the ID images",
+    ):
+        assert piece in said
+    values = found.to_dict()
+    assert values["prompt"] == "a photo of a {class}"
+    assert values["versions"]["torch"] == torch.__version__
+    assert {"positive", "threshold_rule", "tpr"} <= set(values["rows"][0])
+    own = replace(found, prompt=["a cat", "a dog"])
+    assert 'Prompts "a cat" and so on, one a class.' in own.convention()
+    assert own.to_dict()["prompt"] == ["a cat", "a dog"]
 
 
 def test_figures_are_scikit_learns(model: Any, objective: Any, pixels: torch.Tensor) -> None:
@@ -160,7 +249,7 @@ def test_the_table_has_a_line_for_each_set_and_score_in_80_columns(
     found = evaluate(model, objective, labelled(pixels[:12]), {"one": pixels[12:18], "another": pixels[18:]})
     lines = found.table().splitlines()
     assert lines[0].split() == ["OOD", "set", "score", "accuracy", "FPR95", "AUROC", "AUPR-in", "AUPR-out"]
-    assert [line.split()[:2] for line in lines[1:]] == [
+    assert [line.split()[:2] for line in lines[1:5]] == [
         ["one", "mcm"],
         ["one", "gl_mcm"],
         ["another", "mcm"],
@@ -193,6 +282,9 @@ def test_the_convention_is_said(
         ({"scores": ["best"]}, "score is 'best'; write one of"),
         ({"scores": []}, r"scores is \[\]"),
         ({"scores": "mcm"}, "scores is 'mcm'; give a list"),
+        ({"scores": {"mcm": 100}}, r"scores is \{'mcm': 100\}; give each score its settings by name"),
+        ({"scores": {"mcm": {"local_weight": 1.0}}}, "mcm has no setting 'local_weight'; it has 'temperature'"),
+        ({"scores": {"mcm": {"temperature": 0.0}}}, r"temperature is 0\.0; give a positive number"),
         ({"ood_images": {"folder": "nowhere"}}, "nowhere is no folder"),
     ],
 )

@@ -63,9 +63,7 @@ def test_prompts(load_clip: Clip) -> None:
         assert texts == expected
     texts.clear()
     own = ["feline", "canine"]
-    LoCoOpObjective(Listening(), {1: "dog", 0: "cat"}, images, [0, 1, 0, 1], top_k=1, prompt=own).class_tokens(
-        backbone
-    )
+    LoCoOpObjective(Listening(), {1: "dog", 0: "cat"}, images, [0, 1, 0, 1], top_k=1, prompt=own).class_tokens(backbone)
     assert texts == own
 
 

@@ -7,10 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from setar_peft import PatchMetricObjective, search_rank_ratios
+from setar_peft.backbones import ClassWeights
 from setar_peft.detection.metrics import fpr_at_tpr
 from setar_peft.detection.scores import mcm
 from tests.conftest import GOLDEN
@@ -53,6 +56,38 @@ def test_equals_the_metric_of_the_scores(
         expected = fpr_at_tpr(images, patches).fpr
     assert losses.total == pytest.approx(expected, abs=2e-3)
     assert losses.ood_patch_share == pytest.approx(len(patches) / 384)
+
+
+@pytest.mark.parametrize("metric", ["auroc", "fpr95"])
+@pytest.mark.parametrize(
+    ("classes", "spread", "scale"),
+    [(1000, 3.0, 100.0), (6, 0.3, 100.0), (6, 8.0, 1.0), (1000, 20.0, 1.0), (2, 3.0, 100.0)],
+    ids=["CLIP on ImageNet", "cosines that hardly differ", "a classifier", "a sure classifier", "two classes"],
+)
+def test_the_bins_suit_cosines_and_logits(
+    objective: Callable[..., PatchMetricObjective], metric: str, classes: int, spread: float, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = spread * torch.randn(500, classes, generator=generator)
+    images[:, 0] += spread
+    patches = spread * torch.randn(2000, classes, generator=generator)
+    made = objective(metric)
+    weights = ClassWeights(torch.eye(classes), scale=scale)
+    counts = [made._counts(weights.logits(logits) / weights.scale) for logits in (images, patches)]
+    found = made.values(torch.cat([torch.ones(6, dtype=torch.float64), *counts])).total
+    odds = [log_odds(logits.double() / scale) for logits in (images, patches)]
+    if metric == "auroc":
+        expected = 1 - roc_auc_score(np.r_[np.ones(500), np.zeros(2000)], np.concatenate(odds))
+    else:
+        expected = fpr_at_tpr(*odds).fpr
+    assert found == pytest.approx(expected, abs=5e-4)
+    assert min(int((count > 0).sum()) for count in counts) > 300
+
+
+def log_odds(logits: Tensor) -> NDArray[np.float64]:
+    """Of the likeliest class, which rank as MCM does and do not round where it is near 1."""
+    top = logits.sort(-1, descending=True).values
+    return (top[:, 0] - top[:, 1:].logsumexp(-1)).numpy()
 
 
 @pytest.mark.parametrize("metric", ["auroc", "fpr95"])
