@@ -116,7 +116,7 @@ class LoCoOpObjective(Objective):
     def _warn_of_lost_words(self, ids: Tensor, longest: int) -> None:
         """Warn of prompts that lost words to the model's length, and of different prompts with equal tokens."""
         if ids.shape[1] == longest:
-            whole = self._tokenizer(self.prompts, padding=False, truncation=False)["input_ids"]
+            whole = self._tokenizer(self.prompts, padding=False, truncation=False, verbose=False)["input_ids"]
             cut = [prompt for prompt, row in zip(self.prompts, whole, strict=True) if len(row) > longest]
             if cut:
                 warnings.warn(

@@ -30,7 +30,14 @@ def test_the_digits_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert result.reload_is_exact
     assert result.merge_difference < 1e-4
     printed = capsys.readouterr().out
-    for piece in ("digits zero to six", "Ranks", "AUPR-out", "digits 7-9", "to the bit, on 64"):
+    for piece in (
+        "digits zero to six",
+        "Ranks",
+        "AUPR-out",
+        "digits 7-9",
+        "to the bit, on 64",
+        "gl_mcm (temperature 1",
+    ):
         assert piece in printed
     assert max(map(len, printed.splitlines())) <= 80 or str(tmp_path) in printed.splitlines()[-1]
     assert {path.name for path in (tmp_path / "out").iterdir()} == {

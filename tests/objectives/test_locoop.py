@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from setar_peft import LoCoOpObjective, Objective, SeTARConfig, search_rank_ratios
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of
@@ -144,3 +144,43 @@ def test_the_loss_is_that_of_the_logits(load_clip: Clip, clip_objective: MakeObj
         logits = checks.logits_of(model, pixels, text)
     loss = locoop_loss(logits.pooled, logits.local, labels, ood_weight=0.2, top_k=3)
     assert objective(model) == pytest.approx(float(loss), rel=1e-6)
+
+
+def prompts_of_words(*prompts: str) -> LoCoOpObjective:
+    """An objective whose prompts are given; each word is a token, and the model below takes ten of them."""
+    images = checks.random_images(2, 3, 8, 8)
+    return LoCoOpObjective(checks.WordTokenizer(), list(prompts), images, [0, 1], top_k=1, prompt=list(prompts))
+
+
+@pytest.fixture
+def short_clip() -> Any:
+    widths = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    vision = {**widths, "image_size": 8, "patch_size": 4}
+    text = {**widths, "vocab_size": 40, "max_position_embeddings": 12, "eos_token_id": 2}
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text))
+
+
+def test_prompts_that_are_cut_and_classes_that_are_thereby_lost_are_named(short_clip: Any) -> None:
+    long = "a b c d e f g h i j"
+    objective = prompts_of_words(f"{long} cat", f"{long} dog", "frog")
+    both = f"'{long} cat', '{long} dog'"
+    cut = f"2 of 3 class prompts are longer than the 12 tokens that the model takes and are cut: {both}."
+    equal = f"The model cannot tell the classes of these prompts apart, since their tokens are equal: {both}."
+    with pytest.warns(UserWarning, match=cut), pytest.warns(UserWarning, match=equal):
+        tokens = objective.class_tokens(backbone_of(short_clip))
+    assert tokens["input_ids"].shape == (3, 12)
+    # The end token, which the model reads, is kept.
+    assert tokens["input_ids"][0, -1] == 2
+
+
+def test_long_prompts_and_equal_ones_are_no_fault(short_clip: Any) -> None:
+    """A prompt may take all of the model's tokens, and two classes may have one name, as ImageNet's cranes do."""
+    objective = prompts_of_words("a b c d e f g h i j", "crane", "crane")
+    assert objective.class_tokens(backbone_of(short_clip))["input_ids"].shape == (3, 12)
+
+
+def test_a_tokenizer_that_makes_different_names_equal_is_noticed(short_clip: Any) -> None:
+    objective = prompts_of_words("tiger cat", "tiger dog")
+    objective._tokenizer.words = dict.fromkeys(("cat", "dog"), 7)
+    with pytest.warns(UserWarning, match=r"cannot tell the classes.*'tiger cat', 'tiger dog'"):
+        objective.class_tokens(backbone_of(short_clip))
