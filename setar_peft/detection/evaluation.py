@@ -252,7 +252,13 @@ def image_scores(
     with evaluation_mode(model) as (backbone, _):
         classes = objective.class_weights(backbone)
         scale = float(classes.scale)
-        settings = {name: entry.settings(scale, given[name]) for name, entry in found.items()}
+        settings = {
+            name: {
+                setting: value.item() if isinstance(value, Tensor) else value
+                for setting, value in entry.settings(scale, given[name]).items()
+            }
+            for name, entry in found.items()
+        }
         for batch, batch_labels in images.batches():
             features = backbone.embedded(backbone.image_features(batch))
             for part in _parts(features, classes, needs_local):

@@ -53,8 +53,7 @@ def mcm(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
 def msp(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     """Maximum softmax probability: how sure the model is of its prediction, in its own logits; otherwise as `mcm`.
 
-    For a classifier the two are one. A CLIP's own probabilities are near 1 for most images, which is why MCM reads
-    cosines.
+    For a classifier the two are one.
 
     Source: Hendrycks and Gimpel, 2017, https://arxiv.org/abs/1610.02136.
     """

@@ -71,6 +71,8 @@ class PatchMetricObjective(LoCoOpObjective):
         loss = locoop_values(sums[: len(LossSums._fields)], self.ood_weight)
         images, patches = sums[len(LossSums._fields) :].view(2, self.bins)
         minimised = _one_minus_auroc(images, patches) if self.metric == "auroc" else _fpr95(images, patches)
+        if math.isnan(loss.id_loss):  # no patch of NaN is OOD, and images without OOD patches would be perfect
+            minimised = math.nan
         return loss._replace(total=minimised)
 
     def _counts(self, logits: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ class PatchMetricObjective(LoCoOpObjective):
         others = logits.scatter(-1, likeliest, -math.inf).logsumexp(-1)
         over_chance = largest[..., 0] - others + math.log(logits.shape[-1] - 1)
         low, high = self.octaves
-        place = (over_chance.clamp(min=0).log2() - low) / (high - low) * self.bins
+        place = ((over_chance.clamp(min=0).log2() - low) / (high - low) * self.bins).nan_to_num(nan=0)
         return torch.bincount(place.clamp(0, self.bins - 1).long(), minlength=self.bins).to(torch.float64)
 
 

@@ -137,6 +137,8 @@ def test_a_score_takes_its_settings_by_name(model: Any, objective: Any, pixels: 
     logits = image_logits(model, objective, pixels[:12])
     expected = mcm(logits.pooled, 50) + 0.5 * local_mcm(logits.local, 50)
     torch.testing.assert_close(found.id_images.scores["gl_mcm"], expected)
+    by_tensor: Any = {"mcm": {"temperature": logits.scale}}
+    assert json.dumps(image_scores(model, objective, labelled(pixels[:2]), scores=by_tensor).settings)
     assert found.score_label("mcm") == "mcm (temperature 100)"
     assert found.score_label("gl_mcm") == "gl_mcm (temperature 50, local weight 0.5)"
     settings = found.to_dict()["scores"]

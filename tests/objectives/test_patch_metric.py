@@ -84,6 +84,15 @@ def test_the_bins_suit_cosines_and_logits(
     assert min(int((count > 0).sum()) for count in counts) > 300
 
 
+@pytest.mark.parametrize("metric", ["auroc", "fpr95"])
+def test_logits_that_are_no_numbers_win_nothing(
+    load_clip: Callable[..., CLIPModel], objective: Callable[..., PatchMetricObjective], metric: str
+) -> None:
+    model = load_clip()
+    model.vision_model.encoder.layers[2].mlp.fc1.weight.data.fill_(torch.nan)
+    assert np.isnan(objective(metric).losses(model).total)
+
+
 def log_odds(logits: Tensor) -> NDArray[np.float64]:
     """Of the likeliest class, which rank as MCM does and do not round where it is near 1."""
     top = logits.sort(-1, descending=True).values
