@@ -12,7 +12,9 @@ from setar_peft.demo.experiment import Settings
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for adapter, trace, results and figure.")] = Path("setar-demo"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for adapter, trace, results and figure; those of an earlier run are replaced.")
+    ] = Path("setar-demo"),
     cache: Annotated[
         Path | None, typer.Option(help="Folder for the demo's model.", show_default="setar_peft in the user's cache")
     ] = None,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, CLIPModel
 
-import setar_peft.search.evaluate
+import setar_peft.search.weights
 from setar_peft import LoCoOpObjective
 from setar_peft.search.plan import BlockPasses
 from tests.backbones import checks
@@ -23,13 +23,13 @@ TURNS = [BOTTOM_UP[3], "text_model.encoder.layers.0.mlp.fc1", BOTTOM_UP[0], "tex
 def decompositions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each layer was decomposed."""
     counted: Counter[str] = Counter()
-    original = setar_peft.search.evaluate.decompose
+    original = setar_peft.search.weights.decompose
 
     def decompose(*args: Any, name: str, **settings: Any) -> Any:
         counted[name] += 1
         return original(*args, name=name, **settings)
 
-    monkeypatch.setattr(setar_peft.search.evaluate, "decompose", decompose)
+    monkeypatch.setattr(setar_peft.search.weights, "decompose", decompose)
     return counted
 
 
