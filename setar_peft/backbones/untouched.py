@@ -101,9 +101,9 @@ class _Tensor:
         self._requires_grad, self._is_leaf = tensor.requires_grad, tensor.is_leaf
         self._with_values = with_values
         self._copies = [
-            (data, data.detach().to("cpu", copy=True))
-            for data in (self._data, self._grad)
-            if with_values and data is not None and not data.is_meta
+            (held, held.detach().to("cpu", copy=True))
+            for held in (tensor, self._grad)
+            if with_values and held is not None and not held.is_meta
         ]
 
     def put_back(self) -> None:
@@ -116,9 +116,10 @@ class _Tensor:
             return
         if _place(tensor) != _place(self._data):
             tensor.data = self._data
-        for data, values in self._copies:
-            if not _same_bits(data.cpu(), values):
-                data.data.copy_(values)
+        for held, values in self._copies:
+            if not _same_bits(held.detach().cpu(), values):
+                with torch.no_grad():
+                    held.copy_(values)
         if tensor.is_leaf and tensor.grad is not self._grad:
             tensor.grad = self._grad
 

@@ -276,7 +276,7 @@ def _part(data: Any, name: str, kind: type) -> Any:
 
 
 # What JSON holds for a column of a type.
-_COLUMNS: dict[Any, tuple[type, ...]] = {int: (int,), int | None: (int, type(None)), float: (float, int), str: (str,)}
+_COLUMNS: dict[Any, Any] = {int: (int,), int | None: (int, type(None)), float: (float, int), str: (str,)}
 
 
 def _row(kind: Any, values: Any, where: str) -> Any:
