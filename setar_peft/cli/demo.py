@@ -9,6 +9,7 @@ import typer
 
 from setar_peft.demo.command import run_demo
 from setar_peft.demo.experiment import Settings
+from setar_peft.objectives.locoop import TOP_K_SHARE
 
 
 def demo(
@@ -35,7 +36,8 @@ def demo(
     ] = None,
     ood_weight: Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")] = Settings.ood_weight,
     top_k: Annotated[
-        int | None, typer.Option(help="K of the OOD loss.", show_default="30 % of the classes, rounded, at least 1")
+        int | None,
+        typer.Option(help="K of the OOD loss.", show_default=f"{TOP_K_SHARE:.0%} of the classes, rounded, at least 1"),
     ] = Settings.top_k,
     prompt: Annotated[str, typer.Option(help='Prompt with "{class}" in it.')] = Settings.prompt,
     batch_size: Annotated[int, typer.Option(help="Images a batch.")] = Settings.batch_size,

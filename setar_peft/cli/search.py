@@ -22,6 +22,7 @@ from setar_peft.backbones.loading import load_model, load_processor, torch_devic
 from setar_peft.data.folders import class_names_of
 from setar_peft.decomposition import PRUNE_STRATEGIES
 from setar_peft.objectives import LoCoOpObjective, PatchMetricObjective
+from setar_peft.objectives.locoop import TOP_K_SHARE
 from setar_peft.objectives.patch_metric import PatchMetric
 from setar_peft.search.estimate import estimate_cost
 from setar_peft.search.processes import Processes, own_device
@@ -75,7 +76,8 @@ def search(
         "ood_weight"
     ].default,
     top_k: Annotated[
-        int | None, typer.Option(help="K of the OOD loss.", show_default="30 % of the classes, rounded, at least 1")
+        int | None,
+        typer.Option(help="K of the OOD loss.", show_default=f"{TOP_K_SHARE:.0%} of the classes, rounded, at least 1"),
     ] = None,
     prompt: Annotated[str, typer.Option(help='Prompt with "{class}" in it.')] = _OBJECTIVE["prompt"].default,
     batch_size: Annotated[int, typer.Option(help="Images a batch.")] = _OBJECTIVE["batch_size"].default,
@@ -120,7 +122,7 @@ def search(
         names,
         images,
         ood_weight=ood_weight,
-        top_k=max(1, round(0.3 * len(names))) if top_k is None else top_k,
+        top_k=top_k,
         prompt=prompt,
         batch_size=batch_size,
         **settings,

@@ -202,7 +202,7 @@ class _Course:
             OSError: If the trace cannot be saved.
         """
         self._bar.begin(self._plan.work(self._costs), self._criterion(self._best))
-        if self._saves and not self._done.rows:
+        if not self._done.rows:
             self._save()
         for decision in greedy_search(
             self._plan.steps,

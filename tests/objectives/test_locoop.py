@@ -141,3 +141,12 @@ def test_the_loss_is_that_of_the_logits(load_clip: Clip, clip_objective: MakeObj
         logits = checks.logits_of(model, pixels, text)
     loss = locoop_loss(logits.pooled, logits.local, labels, ood_weight=0.2, top_k=3)
     assert objective(model) == pytest.approx(float(loss), rel=1e-6)
+
+
+def test_top_k_is_30_percent_of_the_classes_unless_given() -> None:
+    def top_k(classes: int, **settings: int) -> int:
+        names = [f"class {index}" for index in range(classes)]
+        return LoCoOpObjective(None, names, torch.zeros(2, 3, 4, 4), [0, 1], **settings).top_k
+
+    assert [top_k(classes) for classes in (2, 6, 7, 1000)] == [1, 2, 2, 300]
+    assert top_k(7, top_k=5) == 5
