@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -29,6 +28,7 @@ class SearchPlan:
         steps: The layers that compete in each step of a pass.
         candidates: Ratios to try for each layer: each removes something, and no two the same.
         passes: Times that the steps are gone through at most.
+        left_out: Which ratios are not tried, since they remove nothing or what another one removes.
     """
 
     backbone: Backbone | None
@@ -36,6 +36,7 @@ class SearchPlan:
     steps: Steps
     candidates: dict[str, tuple[float, ...]]
     passes: int
+    left_out: str = ""
 
     @property
     def comes_back(self) -> bool:
@@ -97,9 +98,6 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
     Raises:
         ValueError: If the model has adapters, the objective is none, no layer or no order fits, or no candidate of any
             layer removes anything.
-
-    Warns:
-        UserWarning: Of candidates that are not evaluated, since they remove nothing or what another one removes.
     """
     adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None:
@@ -114,12 +112,14 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
     visited = {name for step in steps for name in step}
     locations = {name: location for name, location in locations.items() if name in visited}
     given = {name: config.candidates_of(location.weight_type) for name, location in locations.items()}
-    candidates = _different_candidates(model, given)
-    return SearchPlan(backbone, locations, steps, candidates, config.passes)
+    candidates, left_out = _different_candidates(model, given)
+    return SearchPlan(backbone, locations, steps, candidates, config.passes, left_out)
 
 
-def _different_candidates(model: nn.Module, given: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
-    """Of each layer the ratios that remove something; of those that remove the same components the first."""
+def _different_candidates(
+    model: nn.Module, given: Mapping[str, Sequence[float]]
+) -> tuple[dict[str, tuple[float, ...]], str]:
+    """Of each layer the ratios that remove something, of those that remove the same the first; and what is left out."""
     different: dict[str, tuple[float, ...]] = {}
     left_out: dict[str, list[str]] = {}
     for name, ratios in given.items():
@@ -128,21 +128,20 @@ def _different_candidates(model: nn.Module, given: Mapping[str, Sequence[float]]
             different[name] = tuple(ratios)
             continue
         by_rank: dict[int, float] = {}
+        reasons = []
         for ratio in ratios:
             rank = residual_rank(shape, ratio)
             if rank == 0:
-                left_out.setdefault(f"{ratio:g} (removes none of {min(shape)} components)", []).append(name)
+                reasons.append(f"{ratio:g} removes none")
             elif by_rank.setdefault(rank, ratio) != ratio:
-                left_out.setdefault(f"{ratio:g} (removes the same {rank} as {by_rank[rank]:g})", []).append(name)
+                reasons.append(f"{ratio:g} the same {rank} as {by_rank[rank]:g}")
         different[name] = tuple(by_rank.values())
-    if left_out and not any(different.values()):
-        raise ValueError(
-            f"No candidate of any layer removes anything: {', '.join(left_out)}. Give larger candidate_ratios."
-        )
-    if left_out:
-        named = [f"ratio {reason} in {_some(names)}" for reason, names in left_out.items()]
-        warnings.warn(f"Candidates that are not evaluated: {'; '.join(named)}.", UserWarning, stacklevel=4)
-    return different
+        if reasons:
+            left_out.setdefault(f"of {min(shape)} components {', '.join(reasons)}", []).append(name)
+    sentence = "; ".join(f"{reasons} ({_some(names)})" for reasons, names in left_out.items())
+    if not any(different.values()):
+        raise ValueError(f"No candidate of any layer removes anything: {sentence}. Give larger candidate_ratios.")
+    return different, sentence
 
 
 def _some(names: Sequence[str]) -> str:

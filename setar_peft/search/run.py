@@ -83,6 +83,9 @@ def search_rank_ratios(
             losses of the base, and of the layers decided so far, are computed anew and compared.
         overwrite: Start anew and replace what is at `trace_path`.
 
+    Warns:
+        UserWarning: Of candidates that are not evaluated, since they remove nothing or what another one removes.
+
     Raises:
         ValueError: If the model has adapters, no layer or no order fits, inputs do not fit the model, a weight is not
             finite, the loss of the base is not finite, there is a trace already, or the trace to resume is damaged or
@@ -95,6 +98,8 @@ def search_rank_ratios(
         given = "resume" if resume else "overwrite"
         raise ValueError(f"{given} is set, but trace_path is not; say which trace is meant.")
     plan = plan_search(model, objective, config)
+    if plan.left_out:
+        warnings.warn(f"Candidates that are not evaluated: {plan.left_out}.", UserWarning, stacklevel=2)
     processes = Processes(next((weight.device for weight in model.parameters()), torch.device("cpu")))
     done = _to_continue(trace_path, processes, resume=resume, overwrite=overwrite)
     shown = progress and processes.is_first
