@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from setar_peft.cli.search import BatchSize, Device, OodWeight, Prompt, TopK
 from setar_peft.demo.command import run_demo
 from setar_peft.demo.experiment import Settings
-from setar_peft.objectives.locoop import TOP_K_SHARE
 
 
 def demo(
@@ -34,16 +34,11 @@ def demo(
         int | None,
         typer.Option(help="Images a class for the search.", show_default="about 100 in all, at most half of a class"),
     ] = None,
-    ood_weight: Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")] = Settings.ood_weight,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="K of the OOD loss.", show_default=f"{TOP_K_SHARE:.0%} of the classes, rounded, at least 1"),
-    ] = Settings.top_k,
-    prompt: Annotated[str, typer.Option(help='Prompt with "{class}" in it.')] = Settings.prompt,
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = Settings.batch_size,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
-    ] = Settings.device,
+    ood_weight: OodWeight = Settings.ood_weight,
+    top_k: TopK = Settings.top_k,
+    prompt: Prompt = Settings.prompt,
+    batch_size: BatchSize = Settings.batch_size,
+    device: Device = Settings.device,
 ) -> None:
     """Search, adapt, save, reload, merge, and compare detection before and after.
 

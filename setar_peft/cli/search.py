@@ -40,6 +40,18 @@ _METRICS = get_args(PatchMetric)
 _CANDIDATES = ",".join(f"{ratio:g}" for ratio in DEFAULT_CANDIDATES)
 _OBJECTIVE = inspect.signature(LoCoOpObjective).parameters
 
+# The options that the demo has, too.
+OodWeight = Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="K of the OOD loss.", show_default=f"{100 * TOP_K_SHARE:g} % of the classes, rounded, at least 1"
+    ),
+]
+Prompt = Annotated[str, typer.Option(help='Prompt with "{class}" in it.')]
+BatchSize = Annotated[int, typer.Option(help="Images a batch.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")]
+
 
 def search(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of the model.")],
@@ -72,19 +84,14 @@ def search(
             f"{', '.join(_METRICS)}."
         ),
     ] = SeTARConfig.criterion,
-    ood_weight: Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")] = _OBJECTIVE[
-        "ood_weight"
-    ].default,
-    top_k: Annotated[
-        int | None,
-        typer.Option(help="K of the OOD loss.", show_default=f"{TOP_K_SHARE:.0%} of the classes, rounded, at least 1"),
-    ] = None,
-    prompt: Annotated[str, typer.Option(help='Prompt with "{class}" in it.')] = _OBJECTIVE["prompt"].default,
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = _OBJECTIVE["batch_size"].default,
+    ood_weight: OodWeight = _OBJECTIVE["ood_weight"].default,
+    top_k: TopK = _OBJECTIVE["top_k"].default,
+    prompt: Prompt = _OBJECTIVE["prompt"].default,
+    batch_size: BatchSize = _OBJECTIVE["batch_size"].default,
     recording_memory: Annotated[
         float | None, typer.Option(help="GiB that recordings may take.", show_default="half of what is free")
     ] = SeTARConfig.recording_memory,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")] = None,
+    device: Device = None,
     dtype: Annotated[
         str,
         typer.Option(

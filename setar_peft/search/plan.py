@@ -18,6 +18,23 @@ from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.targets import targeted_modules
 
 
+# The layers that compete in each step of one pass (see `steps_of`).
+Steps = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the loss of the base took, from which the time that is left is told.
+
+    Attributes:
+        passes: Seconds of one pass of all inputs through one block, by tower; empty where the model runs in full.
+        loss: Seconds of the rest: the loss from the towers' features, or a callable.
+    """
+
+    passes: dict[str, float]
+    loss: float
+
+
 @dataclass(frozen=True)
 class SearchPlan:
     """What a search is going to do.
@@ -72,19 +89,6 @@ class SearchPlan:
     def seconds(self, layer: str, costs: Costs) -> float:
         """Seconds that one candidate of a layer takes."""
         return costs.passes.get(self.locations[layer].tower, 0.0) * self.passes_of(layer) + costs.loss
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What the loss of the base took, from which the time that is left is told.
-
-    Attributes:
-        passes: Seconds of one pass of all inputs through one block, by tower; empty where the model runs in full.
-        loss: Seconds of the rest: the loss from the towers' features, or a callable.
-    """
-
-    passes: dict[str, float]
-    loss: float
 
 
 def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> SearchPlan:
@@ -191,9 +195,6 @@ def _order(config: SeTARConfig, layers: Mapping[str, Mapping[str, Location]]) ->
     if "model" in layers and isinstance(config.order, str) and config.order != "exhaustive":
         return list(layers["model"])
     return config.order
-
-
-Steps = list[list[str]]
 
 
 def steps_of(order: str | Sequence[str], layers: Mapping[str, Sequence[str]]) -> Steps:
