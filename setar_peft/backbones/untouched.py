@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
@@ -70,40 +69,45 @@ class _Attributes:
     def __init__(self, module: nn.Module, names: Collection[str] | None) -> None:
         self._module, self._class, self._training = module, type(module), module.training
         self._names = names
-        self._values = self._present()
-        self._contents = [(value, copy.copy(value)) for value in self._values.values() if type(value) in _CONTAINERS]
+        held = vars(module)
+        self._values = {name: held[name] for name in self._names_in(held) if name in held}
+        # Most containers are empty, for they are for hooks that nobody registered.
+        self._contents: list[tuple[Any, Any]] = [
+            (value, value.copy() if value else ()) for value in self._values.values() if type(value) in _CONTAINERS
+        ]
 
     def put_back(self) -> None:
         if type(self._module) is not self._class:
             self._module.__class__ = self._class
         for container, content in self._contents:
             # One that nobody changed is not emptied even for a moment: other threads may be reading it.
-            if list(map(id, _items(container))) != list(map(id, _items(content))):
+            if (container or content) and list(map(id, _items(container))) != list(map(id, _items(content))):
                 container.clear()
                 container.extend(content) if hasattr(container, "extend") else container.update(content)
         held = vars(self._module)
-        for name in self._present().keys() - self._values.keys():
+        for name in [name for name in self._names_in(held) if name not in self._values and name in held]:
             del held[name]
         held.update(self._values)
         if self._module.training != self._training:
             self._module.training = self._training
 
-    def _present(self) -> dict[str, Any]:
-        held = vars(self._module)
-        return {name: held[name] for name in (held if self._names is None else self._names) if name in held}
+    def _names_in(self, held: dict[str, Any]) -> Collection[str]:
+        return held if self._names is None else self._names
 
 
 class _Tensor:
     """A tensor of a module: where its data are, whether it requires gradients, and a copy of its values if wanted."""
 
     def __init__(self, tensor: Tensor, *, with_values: bool) -> None:
-        self._tensor, self._data, self._grad = tensor, tensor.detach(), tensor.grad if tensor.is_leaf else None
-        self._requires_grad, self._is_leaf = tensor.requires_grad, tensor.is_leaf
+        self._tensor, self._requires_grad, self._is_leaf = tensor, tensor.requires_grad, tensor.is_leaf
         self._with_values = with_values
+        if not with_values:
+            return
+        self._data, self._grad = tensor.detach(), tensor.grad if tensor.is_leaf else None
         self._copies = [
             (held, held.detach().to("cpu", copy=True))
             for held in (tensor, self._grad)
-            if with_values and held is not None and not held.is_meta
+            if held is not None and not held.is_meta
         ]
 
     def put_back(self) -> None:

@@ -17,7 +17,6 @@ from setar_peft.objectives.base import Objective
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.targets import targeted_modules
 
-
 # The layers that compete in each step of one pass (see `steps_of`).
 Steps = list[list[str]]
 

@@ -98,9 +98,9 @@ def search_rank_ratios(
         given = "resume" if resume else "overwrite"
         raise ValueError(f"{given} is set, but trace_path is not; say which trace is meant.")
     plan = plan_search(model, objective, config)
-    if plan.left_out:
-        warnings.warn(f"Candidates that are not evaluated: {plan.left_out}.", UserWarning, stacklevel=2)
     processes = Processes(next((weight.device for weight in model.parameters()), torch.device("cpu")))
+    if plan.left_out and processes.is_first:
+        warnings.warn(f"Candidates that are not evaluated: {plan.left_out}.", UserWarning, stacklevel=2)
     done = _to_continue(trace_path, processes, resume=resume, overwrite=overwrite)
     shown = progress and processes.is_first
     with left_as_it_was(model), SearchProgress(shown=shown) as bar:
