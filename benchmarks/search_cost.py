@@ -153,9 +153,7 @@ def measure(way: str, options: dict[str, Any]) -> dict[str, Any]:
     model = random_clip(options["shape"]).to(options["device"])
     size = model.config.vision_config.image_size
     objective = RandomImages(options["images"], options["classes"], size, options["batch_size"])
-    # Without memory for it nothing is replayed for a callable.
-    memory = 0.0 if way == "full" else None
-    config = SeTARConfig(candidate_ratios=list(RATIOS[: options["candidates"]]), recording_memory=memory)
+    config = SeTARConfig(candidate_ratios=list(RATIOS[: options["candidates"]]))
     target: Any = objective if way == "replay" else lambda candidate: full_evaluation(candidate, objective)
     full_evaluation(model, objective)  # warm-up; the first pass also pays for what is set up once
     before = _peak_mebibytes(options["device"])

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from setar_peft.cli.search import BatchSize, Device, OodWeight, Prompt, TopK
 from setar_peft.demo.command import run_demo
 from setar_peft.demo.experiment import Settings
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for adapter, trace, results and figure.")] = Path("setar-demo"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for adapter, trace, results and figure; those of an earlier run are replaced.")
+    ] = Path("setar-demo"),
     cache: Annotated[
         Path | None, typer.Option(help="Folder for the demo's model.", show_default="setar_peft in the user's cache")
     ] = None,
@@ -31,15 +34,11 @@ def demo(
         int | None,
         typer.Option(help="Images a class for the search.", show_default="about 100 in all, at most half of a class"),
     ] = None,
-    ood_weight: Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")] = Settings.ood_weight,
-    top_k: Annotated[
-        int | None, typer.Option(help="K of the OOD loss.", show_default="30 % of the classes, rounded, at least 1")
-    ] = Settings.top_k,
-    prompt: Annotated[str, typer.Option(help='Prompt with "{class}" in it.')] = Settings.prompt,
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = Settings.batch_size,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")
-    ] = Settings.device,
+    ood_weight: OodWeight = Settings.ood_weight,
+    top_k: TopK = Settings.top_k,
+    prompt: Prompt = Settings.prompt,
+    batch_size: BatchSize = Settings.batch_size,
+    device: Device = Settings.device,
 ) -> None:
     """Search, adapt, save, reload, merge, and compare detection before and after.
 

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import torch
 import typer
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
+from safetensors import SafetensorError
 
 from setar_peft import plots
-from setar_peft.backbones import backbone_of
+from setar_peft.backbones import Backbone, backbone_of
 from setar_peft.backbones.loading import load_model, load_processor, torch_device
 from setar_peft.data.folders import class_names_of
+from setar_peft.decomposition import PRUNE_STRATEGIES
 from setar_peft.objectives import LoCoOpObjective, PatchMetricObjective
+from setar_peft.objectives.locoop import TOP_K_SHARE
 from setar_peft.objectives.patch_metric import PatchMetric
 from setar_peft.search.estimate import estimate_cost
 from setar_peft.search.processes import Processes, own_device
 from setar_peft.search.run import search_rank_ratios
+from setar_peft.search.trace import SearchTrace, trace_to_continue
 from setar_peft.tuner.config import CRITERIA, DEFAULT_CANDIDATES, ORDERS, SeTARConfig
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 _METRICS = get_args(PatchMetric)
 _CANDIDATES = ",".join(f"{ratio:g}" for ratio in DEFAULT_CANDIDATES)
 _OBJECTIVE = inspect.signature(LoCoOpObjective).parameters
+
+# The options that the demo has, too.
+OodWeight = Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="K of the OOD loss.", show_default=f"{100 * TOP_K_SHARE:g} % of the classes, rounded, at least 1"
+    ),
+]
+Prompt = Annotated[str, typer.Option(help='Prompt with "{class}" in it.')]
+BatchSize = Annotated[int, typer.Option(help="Images a batch.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")]
 
 
 def search(
@@ -39,15 +64,18 @@ def search(
         typer.Option(help="JSON list of class names, in the subfolders' order.", show_default="the subfolders' names"),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Weight types, separated by commas: W_q, W_k, W_v, W_o, W_up, W_down, W_p.")
-    ] = "W_up",
+        str | None,
+        typer.Option(
+            help="Weight types, separated by commas: W_q, W_k, W_v, W_o, W_up, W_down, W_p.", show_default="W_up"
+        ),
+    ] = None,
     order: Annotated[
         str, typer.Option(help=f"{', '.join(ORDERS)}; or modules' full names, separated by commas.")
     ] = str(SeTARConfig.order),
     candidates: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = _CANDIDATES,
     passes: Annotated[int, typer.Option(help="Times to go through all layers at most.")] = SeTARConfig.passes,
     prune: Annotated[
-        str, typer.Option(help="Which components are removed: minor, principal or random.")
+        str, typer.Option(help=f"Which components are removed: {', '.join(PRUNE_STRATEGIES)}.")
     ] = SeTARConfig.prune,
     criterion: Annotated[
         str,
@@ -56,20 +84,25 @@ def search(
             f"{', '.join(_METRICS)}."
         ),
     ] = SeTARConfig.criterion,
-    ood_weight: Annotated[float, typer.Option(help="Weight of the OOD loss (lambda).")] = _OBJECTIVE[
-        "ood_weight"
-    ].default,
-    top_k: Annotated[
-        int | None, typer.Option(help="K of the OOD loss.", show_default="30 % of the classes, rounded, at least 1")
-    ] = None,
-    prompt: Annotated[str, typer.Option(help='Prompt with "{class}" in it.')] = _OBJECTIVE["prompt"].default,
-    batch_size: Annotated[int, typer.Option(help="Images a batch.")] = _OBJECTIVE["batch_size"].default,
+    ood_weight: OodWeight = _OBJECTIVE["ood_weight"].default,
+    top_k: TopK = _OBJECTIVE["top_k"].default,
+    prompt: Prompt = _OBJECTIVE["prompt"].default,
+    batch_size: BatchSize = _OBJECTIVE["batch_size"].default,
     recording_memory: Annotated[
         float | None, typer.Option(help="GiB that recordings may take.", show_default="half of what is free")
     ] = SeTARConfig.recording_memory,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}.")] = "float32",
+    device: Device = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"{', '.join(_DTYPES)}. float32 is exact and slow on GPUs: bfloat16 is recommended there; tf32 is "
+            "float32 whose products a GPU rounds."
+        ),
+    ] = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the trace in the output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew and replace the trace and adapter in the output folder.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the search would cost.")] = False,
 ) -> None:
     """Find the rank ratios of a model on a folder of images, and save the adapter and the trace.
@@ -80,8 +113,14 @@ def search(
         raise ValueError(f"--dtype is {dtype!r}; give one of {', '.join(_DTYPES)}.")
     if criterion not in (*CRITERIA, *_METRICS):
         raise ValueError(f"--criterion is {criterion!r}; give one of {', '.join((*CRITERIA, *_METRICS))}.")
+    trace_path = output / "trace.json"
+    if not dry_run:
+        _check_output(trace_path, resume=resume, overwrite=overwrite)
     names = class_names_of(images, classes)
     where = (own_device() if device is None else None) or torch_device(device)
+    if dtype == "tf32" and where.type != "cuda":
+        raise ValueError(f"--dtype tf32 is how CUDA GPUs multiply, and the device is {where}; give float32.")
+    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     base = load_model(model, dtype=_DTYPES[dtype]).to(where)
     is_metric = criterion in _METRICS
     settings: dict[str, Any] = {"metric": criterion} if is_metric else {}
@@ -90,14 +129,14 @@ def search(
         names,
         images,
         ood_weight=ood_weight,
-        top_k=max(1, round(0.3 * len(names))) if top_k is None else top_k,
+        top_k=top_k,
         prompt=prompt,
         batch_size=batch_size,
         **settings,
     )
     backbone = backbone_of(base)
     config = SeTARConfig(
-        target_modules=[name for kind in _parts(weights) for name in backbone.modules_of_type(kind)],
+        target_modules=None if weights is None else _modules(backbone, _parts(weights)),
         candidate_ratios=_numbers(candidates),
         order=_parts(order) if "." in order or "," in order else order,
         passes=passes,
@@ -110,16 +149,59 @@ def search(
         typer.echo(estimate_cost(base, objective, config).table())
     if dry_run:
         return
-    result = search_rank_ratios(base, objective, config, trace_path=output / "trace.json", resume=resume)
+    try:
+        result = search_rank_ratios(base, objective, config, trace_path=trace_path, resume=resume, overwrite=overwrite)
+    except KeyboardInterrupt:
+        if is_first and trace_path.exists():
+            steps = len(SearchTrace.load(trace_path).rows)
+            typer.echo(
+                f"Stopped after {steps} layers, which are in {trace_path}. To go on with the next, give the same "
+                "command with --resume (and without --overwrite).",
+                err=True,
+            )
+        raise typer.Exit(128 + signal.SIGINT) from None
     if not is_first:
         return
-    typer.echo(result.trace.table())
+    _save(get_peft_model(base, result.config), output)
+    (output / "trace.csv").write_text(result.trace.to_csv(), encoding="utf-8")
     if find_spec("matplotlib"):
         plots.search_figure(result.trace).savefig(output / "trace.png", dpi=150)
-    (output / "trace.csv").write_text(result.trace.to_csv(), encoding="utf-8")
-    get_peft_model(base, result.config).save_pretrained(str(output))
+    typer.echo(result.trace.table())
     first, last = result.trace.initial.total, result.trace.rows[-1].total_loss
     typer.echo(f"Loss {first:.6f} -> {last:.6f}. The adapter and the trace (JSON, CSV, PNG) are in {output}.")
+
+
+def _check_output(trace_path: Path, *, resume: bool, overwrite: bool) -> None:
+    """See at once whether the search may write to its folder."""
+    trace_to_continue(trace_path, resume=resume, overwrite=overwrite)
+    folder = trace_path.parent
+    if (folder / CONFIG_NAME).exists() and not trace_path.exists() and not overwrite:
+        raise ValueError(
+            f"{folder} holds an adapter, and no trace to continue. Give another --output, or --overwrite to replace it."
+        )
+
+
+def _save(peft_model: PeftModel, output: Path) -> None:
+    """Save the adapter, whole or not at all."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as folder:
+            peft_model.save_pretrained(folder)
+            # The config comes last: without it there is no adapter, and it knows the digest of the weights.
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == CONFIG_NAME):
+                file.replace(output / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The adapter could not be written to {output} ({error}). Nothing that was found is lost, it is in the "
+            "trace: make room, and give the same command with --resume (and without --overwrite)."
+        ) from error
+
+
+def _modules(backbone: Backbone, weight_types: Sequence[str]) -> list[str]:
+    twice = sorted({kind for kind in weight_types if weight_types.count(kind) > 1})
+    if twice or not all(weight_types):
+        what = f"{', '.join(twice)} twice" if twice else "nothing between two commas"
+        raise ValueError(f"--weights names {what}; name each weight type once, as in W_up,W_q.")
+    return [name for kind in weight_types for name in backbone.modules_of_type(kind)]
 
 
 def _parts(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,35 +16,31 @@ from setar_peft.data.images import ImageSource
 from setar_peft.demo import digits
 from setar_peft.demo.pictures import noise, photograph_crops
 from setar_peft.demo.tiny_clip import STEPS
-from setar_peft.objectives.locoop import PROMPT, LoCoOpObjective
+from setar_peft.objectives.locoop import LoCoOpObjective
 
 SEARCH_IMAGES = 100
 GENERATED_OOD_IMAGES = 100
-TOP_K_SHARE = 0.3
 _SEED = 0
+_OBJECTIVE = inspect.signature(LoCoOpObjective).parameters
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may set of a run.
+    """What a user may set of a run: of the objective (see `LoCoOpObjective`), with its defaults, and the device.
 
     Attributes:
         ood_weight: lambda of the LoCoOp loss.
-        top_k: K of the LoCoOp loss; by default 30 % of the classes, rounded, at least 1.
+        top_k: K of the LoCoOp loss.
         prompt: Text with "{class}" in it.
         batch_size: Images a batch.
         device: "cpu", "cuda" and so on; by default a GPU if there is one.
     """
 
-    ood_weight: float = 0.1
-    top_k: int | None = None
-    prompt: str = PROMPT
-    batch_size: int = 64
+    ood_weight: float = _OBJECTIVE["ood_weight"].default
+    top_k: int | None = _OBJECTIVE["top_k"].default
+    prompt: str = _OBJECTIVE["prompt"].default
+    batch_size: int = _OBJECTIVE["batch_size"].default
     device: str | None = None
-
-    def top_k_for(self, classes: int) -> int:
-        """K for a number of classes."""
-        return max(1, round(TOP_K_SHARE * classes)) if self.top_k is None else self.top_k
 
 
 @dataclass(frozen=True)
@@ -163,7 +160,7 @@ def _experiment(
         class_names,
         *search,
         ood_weight=settings.ood_weight,
-        top_k=settings.top_k_for(len(class_names)),
+        top_k=settings.top_k,
         prompt=settings.prompt,
         batch_size=settings.batch_size,
     )

@@ -77,7 +77,9 @@ def run(
 
     before = evaluate(model, objective, experiment.test, experiment.ood)
     started = time.perf_counter()
-    found = search_rank_ratios(model, objective, SeTARConfig(), progress=progress, trace_path=folder / "trace.json")
+    found = search_rank_ratios(
+        model, objective, SeTARConfig(), progress=progress, trace_path=folder / "trace.json", overwrite=True
+    )
     seconds = time.perf_counter() - started
     report.print_trace(console, found.trace, seconds)
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found.rank_ratios}

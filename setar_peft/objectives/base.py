@@ -5,21 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of
+from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.objectives.loss import LossSums, LossValues
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]:
-    """A model's backbone and device, in evaluation mode and without gradients; training flags are put back.
+    """A model's backbone and device, in evaluation mode and without gradients; the model is left as it was.
 
     Args:
         model: A stock model of a known family, or the same with adapters.
@@ -29,14 +27,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]
     """
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     backbone = backbone_of(base)
-    training = [module for module in base.modules() if module.training]
-    base.eval()
-    try:
-        with torch.no_grad():
-            yield backbone, next(base.parameters()).device
-    finally:
-        for module in training:
-            module.training = True
+    with left_as_it_was(base):
+        yield backbone, next(base.parameters()).device
 
 
 class Objective(ABC):

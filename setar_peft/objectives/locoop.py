@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 PROMPT = "a photo of a {class}"
+TOP_K_SHARE = 0.3  # of the classes: the paper's 300 of ImageNet's 1,000
 
 
 class LoCoOpObjective(Objective):
@@ -37,7 +38,8 @@ class LoCoOpObjective(Objective):
         labels: (images,) class indices; needed for tensors, sequences and mappings. A data set has them in its label
             column, a folder in its subfolders: by name where they are named after the classes, else in sorted order.
         ood_weight: lambda, the weight of the OOD loss (paper, Table 10: 0.1 for ImageNet with CLIP-base).
-        top_k: K: a patch is OOD if its true class is not among its K likeliest (paper, Table 10: 300 for ImageNet).
+        top_k: K: a patch is OOD if its true class is not among its K likeliest (paper, Table 10: 300 for ImageNet); by
+            default 30 % of the classes, rounded, at least 1.
         prompt: Text with "{class}" in it, or one text a class.
         batch_size: Images a batch. It does not change the loss.
         image_column: Name of the data set's image column; by default the one of image type.
@@ -57,7 +59,7 @@ class LoCoOpObjective(Objective):
         labels: Tensor | Sequence[int] | None = None,
         *,
         ood_weight: float = 0.1,
-        top_k: int,
+        top_k: int | None = None,
         prompt: str | Sequence[str] = PROMPT,
         batch_size: int = 64,
         image_column: str | None = None,
@@ -203,9 +205,10 @@ def _prompts(prompt: str | Sequence[str], names: Sequence[str]) -> list[str]:
     return list(prompt)
 
 
-def _checked_loss(ood_weight: float, top_k: int, classes: int) -> tuple[float, int]:
+def _checked_loss(ood_weight: float, top_k: int | None, classes: int) -> tuple[float, int]:
     if not isinstance(ood_weight, (int, float)) or not 0 <= ood_weight < float("inf"):
         raise ValueError(f"ood_weight is {ood_weight!r}; give a finite number of 0 or more, such as the paper's 0.1.")
+    top_k = max(1, round(TOP_K_SHARE * classes)) if top_k is None else top_k
     if not isinstance(top_k, int) or isinstance(top_k, bool) or not 0 <= top_k <= classes:
         raise ValueError(
             f"top_k is {top_k!r} with {classes} classes; give an integer from 0 (every patch counts as OOD) to "

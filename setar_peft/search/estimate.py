@@ -73,6 +73,7 @@ class CostEstimate:
             "block passes": passes,
             "operations": f"{self.flops:.3g} FLOP",
             "recordings": f"{_size(self.kept_bytes)} of {_size(self.recorded_bytes)} kept",
+            "disk": f"{_size(self.disk_bytes)} for a while, of hidden states that stand for the images",
             "memory": f"at most {_size(self.peak_bytes)} above the model's",
             "time": f"about {_duration(self.seconds)}",
         }
@@ -168,7 +169,7 @@ def _weight_bytes(plan: SearchPlan, model: nn.Module) -> int:
         (m, n), exact = weight.shape, max(4, weight.element_size())
         rank = min(m, n)
         decomposition = (m + n) * rank * exact
-        removed = residual_rank((m, n), max(ratios))
+        removed = residual_rank((m, n), max(ratios, default=0.0))
         chosen += m * n * weight.element_size() + (m + n) * removed * exact
         # While a candidate's kept part is formed, its factors are copied, the left one once more; before that, a GPU's
         # decomposition takes the weight, its Gram matrix, the eigenvectors and their product in float64.

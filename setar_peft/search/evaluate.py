@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 import warnings
 from abc import ABC, abstractmethod
@@ -12,113 +13,78 @@ import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, Tower, TowerInput, named_inputs
-from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, decompose
+from setar_peft.backbones.untouched import left_as_it_was
+from setar_peft.decomposition import Residual
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
+from setar_peft.search.plan import Costs
 from setar_peft.search.processes import OutOfMemoryElsewhere, Processes
 from setar_peft.search.recording import MemoryBudget, Recording
 from setar_peft.search.replay import SharedPrefix
 from setar_peft.search.trace import SetFingerprint
-from setar_peft.search.weights import SwappableWeight
+from setar_peft.search.weights import TruncatedLayers
 
 # Called once for each candidate and batch, with the layer, the ratio and the share of the layer's work now done.
 Progress = Callable[[str, float, float], None]
 
 
-class Evaluator(ABC):
-    """Computes losses with layers truncated, and remembers what was chosen.
-
-    Args:
-        model: The model; its weights are exchanged while a loss is computed, never written to.
-        layers: Full names of the layers that are searched.
-        prune: Which components a ratio removes.
-        seed: Seed of the random strategy.
-        keep_decompositions: Keep every layer's decomposition, for searches that come back to a layer.
+class Evaluator(TruncatedLayers, ABC):
+    """Computes losses of a model with layers truncated.
 
     Attributes:
-        residuals: The removed components of the layers that are truncated at present, by module name.
         data_fingerprint: A digest of the data, where the evaluator knows them.
         batch_size: Images in the largest batch, where there are batches.
+        costs: What `present` took when it was last called.
     """
 
     data_fingerprint: str | None = None
     batch_size: int | None = None
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Iterable[str],
-        prune: PruneStrategy,
-        seed: int,
-        *,
-        keep_decompositions: bool,
-    ) -> None:
-        self.model = model
-        self.weights = {name: SwappableWeight(name, model.get_submodule(name)) for name in layers}
-        self.residuals: dict[str, Residual] = {}
-        self._prune: PruneStrategy = prune
-        self._seed = seed
-        self._keep = keep_decompositions
-        self._decompositions: dict[str, Decomposition] = {}
+    costs: Costs
 
     @abstractmethod
-    def initial(self) -> LossValues:
-        """Losses of the model as it is."""
+    def present(self) -> LossValues:
+        """Losses with the layers truncated that are at present."""
 
     @abstractmethod
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
         """Losses with one layer truncated by each of the ratios."""
 
-    def choose(self, layer: str, rank_ratio: float) -> None:
-        """Truncate a layer by a ratio for all later evaluations; 0 puts the original back."""
-        if rank_ratio == 0:
-            self.weights[layer].restore()
-            self.residuals.pop(layer, None)
-            return
-        decomposition = self._decomposition(layer)
-        self.residuals[layer] = decomposition.residual(rank_ratio)
-        self.weights[layer].set(decomposition.kept(rank_ratio))
-
-    def restore(self) -> None:
-        """Put every original weight back."""
-        for weight in self.weights.values():
-            weight.restore()
-
-    def matrices(self, layer: str, ratios: Sequence[float]) -> Iterator[Tensor]:
-        """The layer's weight, (m, n), truncated by each of the ratios."""
-        decomposition = self._decomposition(layer)
-        for ratio in ratios:
-            yield decomposition.kept(ratio)
-
-    def _decomposition(self, layer: str) -> Decomposition:
-        if layer not in self._decompositions:
-            if not self._keep:
-                self._decompositions.clear()
-            self._decompositions[layer] = decompose(
-                self.weights[layer].original, self._prune, seed=self._seed, name=layer
-            )
-        return self._decompositions[layer]
-
 
 class FullEvaluator(Evaluator):
-    """A plain callable objective: the model is evaluated in full for each candidate, since nothing is known of it."""
+    """A plain callable objective: the model is evaluated in full for each candidate, since nothing is known of it.
+
+    Each evaluation begins with the same model and the same state of the random generators, whatever the last one did.
+    """
 
     def __init__(self, objective: Callable[[nn.Module], float], model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self._objective = objective
 
-    def initial(self) -> LossValues:
+    def present(self) -> LossValues:
         """What the objective says of the model as it is."""
-        return LossValues(float(self._objective(self.model)))
+        start = time.perf_counter()
+        losses = self._losses()
+        self.costs = Costs({}, time.perf_counter() - start)
+        return losses
 
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
         """What the objective says of the model with one layer truncated by each of the ratios."""
         losses = []
         for done, (ratio, matrix) in enumerate(zip(ratios, self.matrices(layer, ratios), strict=True), 1):
             with self.weights[layer].holding(matrix):
-                losses.append(LossValues(float(self._objective(self.model))))
+                losses.append(self._losses())
             progress(layer, ratio, done / len(ratios))
         return losses
+
+    def _losses(self) -> LossValues:
+        with left_as_it_was(self.model, by_anything=True):
+            value: Any = self._objective(self.model)
+            try:
+                return LossValues(float(value))
+            except (TypeError, ValueError, RuntimeError):
+                raise ValueError(
+                    f"The objective returned {value!r}; a callable objective returns one number, which is minimised."
+                ) from None
 
 
 class ReplayEvaluator(Evaluator):
@@ -156,12 +122,23 @@ class ReplayEvaluator(Evaluator):
         self.data_fingerprint = SetFingerprint.combined(self._processes.gathered(self._data.value))
         self.batch_size = max((len(labels) for labels in self._labels), default=1)
 
-    def initial(self) -> LossValues:
-        """Losses of the model as it is; on the way the towers' hidden states are recorded."""
+    def present(self) -> LossValues:
+        """Losses with the layers truncated that are at present; on the way the towers' hidden states are recorded."""
+        start = self._now()
         classes = self._classes()
+        of_prompts = self._now() - start
+        of_images = of_loss = 0.0
         sums = self._zeros(1)
-        for features, labels in zip(self._features(), self._labels, strict=True):
+        for batch, labels in enumerate(self._labels):
+            start = self._now()
+            features = self._embedded(self._images.features(batch))
+            middle = self._now()
             sums[0] += self._objective.sums(features, classes, labels)
+            of_images, of_loss = of_images + middle - start, of_loss + self._now() - middle
+        passes = {self._images.tower.name: of_images / len(self._images.tower.blocks)}
+        if self._prompts is not None:
+            passes[self._prompts.tower.name] = of_prompts / len(self._prompts.tower.blocks)
+        self.costs = Costs(passes, of_loss)
         return self._objective.values(self._processes.total(sums)[0])
 
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
@@ -239,6 +216,11 @@ class ReplayEvaluator(Evaluator):
             self._class_weights = self._backbone.class_weights(text)
         return self._class_weights
 
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
     def _zeros(self, candidates: int) -> Tensor:
         exact = torch.float32 if self._device.type == "mps" else torch.float64
         return torch.zeros(candidates, self._objective.sums_size, dtype=exact, device=self._device)
@@ -306,9 +288,14 @@ class SmallerBatches:
         """A digest of the data, where the evaluator knows them."""
         return self._evaluator.data_fingerprint
 
-    def initial(self) -> LossValues:
-        """Losses of the model as it is."""
-        return self._retrying(lambda: self._evaluator.initial())
+    @property
+    def costs(self) -> Costs:
+        """What `present` took when it was last called."""
+        return self._evaluator.costs
+
+    def present(self) -> LossValues:
+        """Losses with the layers truncated that are at present."""
+        return self._retrying(lambda: self._evaluator.present())
 
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
         """Losses with one layer truncated by each of the ratios."""
@@ -318,11 +305,6 @@ class SmallerBatches:
         """Truncate a layer for all later evaluations."""
         self._retrying(lambda: self._evaluator.choose(layer, rank_ratio))
         self._chosen[layer] = rank_ratio
-
-    def restore(self) -> None:
-        """Put every original weight back."""
-        if self._present is not None:
-            self._present.restore()
 
     @property
     def _evaluator(self) -> Evaluator:
@@ -354,7 +336,8 @@ class SmallerBatches:
             RuntimeWarning,
             stacklevel=4,
         )
-        self.restore()
+        if self._present is not None:
+            self._present.restore()
         self._present = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

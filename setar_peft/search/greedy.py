@@ -79,8 +79,9 @@ def greedy_search(
             tried: list[Candidate] = []
             if not settled:
                 for layer in competing:
-                    others = _others(candidates(layer), ratios.get(layer), 0.0)
-                    for ratio, losses in zip(others, evaluate(layer, others), strict=True):
+                    present = ratios.get(layer, 0.0)
+                    others = [ratio for ratio in (0.0, *candidates(layer)) if ratio != present]
+                    for ratio, losses in zip(others, evaluate(layer, others) if others else (), strict=True):
                         tried.append(Candidate(layer, ratio, losses))
                         value = criterion(losses)
                         if math.isfinite(value) and value < criterion(winner.losses):
@@ -97,10 +98,3 @@ def greedy_search(
             yield Decision(winner.layer, winner.rank_ratio, best, tried)
         if not changed_in_pass:
             return
-
-
-def _others(candidates: Sequence[float], present: float | None, untouched: float) -> list[float]:
-    """The ratios to evaluate: all but the present one; a layer that was never decided is untouched at present."""
-    if present is None or present == untouched:
-        return list(candidates)
-    return [ratio for ratio in (untouched, *candidates) if ratio != present]

@@ -12,9 +12,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from setar_peft.backbones import Backbone, Location, backbone_of, default_target_modules
+from setar_peft.decomposition import residual_rank
 from setar_peft.objectives.base import Objective
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.targets import targeted_modules
+
+# The layers that compete in each step of one pass (see `steps_of`).
+Steps = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the loss of the base took, from which the time that is left is told.
+
+    Attributes:
+        passes: Seconds of one pass of all inputs through one block, by tower; empty where the model runs in full.
+        loss: Seconds of the rest: the loss from the towers' features, or a callable.
+    """
+
+    passes: dict[str, float]
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -25,8 +42,9 @@ class SearchPlan:
         backbone: The model as towers; None where a callable objective meets an unknown model.
         locations: Where each searched layer sits, by full name.
         steps: The layers that compete in each step of a pass.
-        candidates: Ratios to try for each layer, each above 0.
+        candidates: Ratios to try for each layer: each removes something, and no two the same.
         passes: Times that the steps are gone through at most.
+        left_out: Which ratios are not tried, since they remove nothing or what another one removes.
     """
 
     backbone: Backbone | None
@@ -34,6 +52,7 @@ class SearchPlan:
     steps: Steps
     candidates: dict[str, tuple[float, ...]]
     passes: int
+    left_out: str = ""
 
     @property
     def comes_back(self) -> bool:
@@ -55,13 +74,20 @@ class SearchPlan:
             count += sum(sorted((len(self.candidates[layer]) for layer in step), reverse=True)[:left])
         return count * self.passes
 
-    def work(self) -> float:
-        """Block passes of the whole search at most, in one tower or the other."""
-        work = 0.0
+    def work(self, costs: Costs) -> dict[str, float]:
+        """Seconds of the whole search by tower, at most: of layers that compete, a mean one is decided first."""
+        work: dict[str, float] = {}
         for index, step in enumerate(self.steps):
-            mean = sum(self.passes_of(layer) * len(self.candidates[layer]) for layer in step) / len(step)
-            work += mean * (len(step) - index if len(step) > 1 else 1)
-        return work * self.passes
+            share = (len(step) - index) / len(step) if len(step) > 1 else 1.0
+            for layer in step:
+                tower = self.locations[layer].tower
+                seconds = share * self.passes * len(self.candidates[layer]) * self.seconds(layer, costs)
+                work[tower] = work.get(tower, 0.0) + seconds
+        return work
+
+    def seconds(self, layer: str, costs: Costs) -> float:
+        """Seconds that one candidate of a layer takes."""
+        return costs.passes.get(self.locations[layer].tower, 0.0) * self.passes_of(layer) + costs.loss
 
 
 def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> SearchPlan:
@@ -73,7 +99,8 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
         config: Targets, order, candidates and passes.
 
     Raises:
-        ValueError: If the model has adapters, the objective is none, or no layer or no order fits.
+        ValueError: If the model has adapters, the objective is none, no layer or no order fits, or no candidate of any
+            layer removes anything.
     """
     adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None:
@@ -87,8 +114,41 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
     steps = steps_of(_order(config, layers), {tower: list(names) for tower, names in layers.items()})
     visited = {name for step in steps for name in step}
     locations = {name: location for name, location in locations.items() if name in visited}
-    candidates = {name: config.candidates_of(location.weight_type) for name, location in locations.items()}
-    return SearchPlan(backbone, locations, steps, candidates, config.passes)
+    given = {name: config.candidates_of(location.weight_type) for name, location in locations.items()}
+    candidates, left_out = _different_candidates(model, given)
+    return SearchPlan(backbone, locations, steps, candidates, config.passes, left_out)
+
+
+def _different_candidates(
+    model: nn.Module, given: Mapping[str, Sequence[float]]
+) -> tuple[dict[str, tuple[float, ...]], str]:
+    """Of each layer the ratios that remove something, of those that remove the same the first; and what is left out."""
+    different: dict[str, tuple[float, ...]] = {}
+    left_out: dict[str, list[str]] = {}
+    for name, ratios in given.items():
+        shape: Any = getattr(getattr(model.get_submodule(name), "weight", None), "shape", ())
+        if len(shape) != 2 or 0 in shape:  # evaluating the layer says what is wrong with it
+            different[name] = tuple(ratios)
+            continue
+        by_rank: dict[int, float] = {}
+        reasons = []
+        for ratio in ratios:
+            rank = residual_rank(shape, ratio)
+            if rank == 0:
+                reasons.append(f"{ratio:g} removes none")
+            elif by_rank.setdefault(rank, ratio) != ratio:
+                reasons.append(f"{ratio:g} the same {rank} as {by_rank[rank]:g}")
+        different[name] = tuple(by_rank.values())
+        if reasons:
+            left_out.setdefault(f"of {min(shape)} components {', '.join(reasons)}", []).append(name)
+    sentence = "; ".join(f"{reasons} ({_some(names)})" for reasons, names in left_out.items())
+    if not any(different.values()):
+        raise ValueError(f"No candidate of any layer removes anything: {sentence}. Give larger candidate_ratios.")
+    return different, sentence
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _backbone(model: nn.Module, objective: Any) -> Backbone | None:
@@ -134,9 +194,6 @@ def _order(config: SeTARConfig, layers: Mapping[str, Mapping[str, Location]]) ->
     if "model" in layers and isinstance(config.order, str) and config.order != "exhaustive":
         return list(layers["model"])
     return config.order
-
-
-Steps = list[list[str]]
 
 
 def steps_of(order: str | Sequence[str], layers: Mapping[str, Sequence[str]]) -> Steps:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from setar_peft.backbones import Location
 
@@ -22,15 +18,21 @@ from setar_peft.backbones import Location
 class SearchProgress:
     """A progress bar on standard error; a line a layer where that is a log file and no terminal; or nothing.
 
+    The time that is left is predicted from what the loss of the base took (see `begin`), corrected for each tower by
+    what its layers took so far; a tower that was not visited yet is taken to be off as the others were.
+
     Args:
-        total: The whole search's work, in units of block passes.
         shown: Whether to show anything.
     """
 
-    def __init__(self, total: float, *, shown: bool) -> None:
-        self._done, self._total = 0.0, total
+    def __init__(self, *, shown: bool) -> None:
+        self._left: dict[str, float] = {}
+        self._total = 0.0
+        # Of the layers that were evaluated: what was predicted, and what they took; both in seconds by tower.
+        self._predicted: defaultdict[str, float] = defaultdict(float)
+        self._taken: defaultdict[str, float] = defaultdict(float)
         self._loss = ""
-        self._started = time.monotonic()
+        self._started = self._since = time.monotonic()
         console = Console(stderr=True)
         self._logs = shown and not console.is_terminal
         self._bar = Progress(
@@ -38,12 +40,11 @@ class SearchProgress:
             TaskProgressColumn(),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console,
             disable=not shown or self._logs,
         )
-        self._task = self._bar.add_task("recording the towers", total=total)
+        self._task = self._bar.add_task("recording the towers", total=None, left="")
 
     def __enter__(self) -> SearchProgress:  # noqa: PYI034 - typing.Self is younger than Python 3.10
         self._bar.start()
@@ -54,39 +55,71 @@ class SearchProgress:
     ) -> None:
         self._bar.stop()
 
-    def candidate(self, layer: Location, ratio: float, share: float, work: float) -> None:
+    def begin(self, work: Mapping[str, float], loss: float) -> None:
+        """Begin to count.
+
+        Args:
+            work: Seconds that the whole search will take by tower, as predicted.
+            loss: What is minimised, of the base.
+        """
+        self._left = dict(work)
+        self._total = sum(work.values())
+        self._since = time.monotonic()
+        self._loss = f"{loss:.6f}"
+        self._bar.update(self._task, total=self._total)
+
+    def candidate(self, layer: Location, ratio: float, share: float, seconds: float) -> None:
         """Show a candidate.
 
         Args:
             layer: Where the layer sits.
             ratio: The candidate's ratio.
             share: Share of the layer's work that is done, 0 to 1.
-            work: The layer's work, in units of block passes.
+            seconds: Seconds that the layer was predicted to take.
         """
         description = f"{layer.tower} {layer.level} {layer.weight_type}  ratio {ratio:.2f}  best {self._loss}"
-        self._bar.update(self._task, completed=self._done + share * work, description=description)
+        left = self._seconds_left(layer.tower, share * seconds, time.monotonic() - self._since)
+        self._bar.update(
+            self._task,
+            completed=self._total - sum(self._left.values()) + share * seconds,
+            description=description,
+            left=f"about {timedelta(seconds=round(left))} left",
+        )
 
-    def decided(self, layer: Location, work: float, loss: float) -> None:
+    def decided(self, layer: Location, seconds: float, loss: float, *, evaluated: bool) -> None:
         """Count a layer as done.
 
         Args:
             layer: Where the layer sits.
-            work: The layer's work, in units of block passes.
-            loss: The best loss so far.
+            seconds: Seconds that it was predicted to take.
+            loss: The best value so far of what is minimised.
+            evaluated: Whether its candidates were evaluated, and not read from a trace.
         """
-        self._done += work
-        self.best(loss)
-        self._bar.update(self._task, completed=self._done)
+        now = time.monotonic()
+        if evaluated:
+            self._predicted[layer.tower] += seconds
+            self._taken[layer.tower] += now - self._since
+        self._since = now
+        self._left[layer.tower] -= seconds
+        self._loss = f"{loss:.6f}"
+        done = self._total - sum(self._left.values())
+        self._bar.update(self._task, completed=done)
         if self._logs:
-            passed = time.monotonic() - self._started
-            left = passed * (self._total - self._done) / self._done
             print(
-                f"SeTAR search {self._done / self._total:4.0%}  {layer.tower} {layer.level} {layer.weight_type}  "
-                f"best loss {self._loss}  {passed:.0f} s passed, about {max(0.0, left):.0f} s left",
+                f"SeTAR search {done / self._total:4.0%}  {layer.tower} {layer.level} {layer.weight_type}  "
+                f"best loss {self._loss}  {now - self._started:.0f} s passed, "
+                f"about {self._seconds_left():.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def best(self, loss: float) -> None:
-        """Set the best loss so far."""
-        self._loss = f"{loss:.6f}"
+    def _seconds_left(self, tower: str = "", predicted: float = 0.0, taken: float = 0.0) -> float:
+        """Seconds to the end; of the layer at hand, in `tower`, the given seconds are done and were taken."""
+        of_all = sum(self._predicted.values()) + predicted
+        usual = (sum(self._taken.values()) + taken) / of_all if of_all else 1.0
+        left = 0.0
+        for name, seconds in self._left.items():
+            here = (predicted, taken) if name == tower else (0.0, 0.0)
+            known = self._predicted[name] + here[0]
+            left += max(0.0, seconds - here[0]) * ((self._taken[name] + here[1]) / known if known else usual)
+        return left

@@ -8,13 +8,15 @@ handed back to the others instead of being computed again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+
+from setar_peft.backbones.untouched import HOOKS, attributes_put_back
 
 _Outputs = dict[nn.Module, list[Any]]
 
@@ -59,11 +61,11 @@ class SharedPrefix:
             nonlocal reached
             reached = True
 
-        with ExitStack() as hooks:
+        with attributes_put_back([*self._modules, self._target], HOOKS):
             for module in self._modules:
-                hooks.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
-                hooks.callback(module.register_forward_hook(leave).remove)
-            hooks.callback(self._target.register_forward_pre_hook(reach, prepend=True).remove)
+                module.register_forward_pre_hook(enter, prepend=True)
+                module.register_forward_hook(leave)
+            self._target.register_forward_pre_hook(reach, prepend=True)
             yield
         if not reached:
             return
@@ -85,21 +87,20 @@ class SharedPrefix:
         # A later operation that works in place on an output would spoil it for the next candidate.
         if any(leaf._version != version for leaf, version in self._versions):
             self._recorded = None
-        with ExitStack() as restore:
-            for module, outputs in (self._recorded or {}).items():
-                _hand_back(module, outputs, restore)
+        recorded = self._recorded or {}
+        with attributes_put_back(recorded, ["forward"]):
+            for module, outputs in recorded.items():
+                module.forward = _handing_back(outputs, module.forward)
             yield
 
 
-def _hand_back(module: nn.Module, outputs: Sequence[Any], restore: ExitStack) -> None:
+def _handing_back(outputs: Sequence[Any], computed: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that hands back what is recorded, call by call, and computes what was called more often."""
     waiting = iter(outputs)
-    computed = module.forward
-    own = module.__dict__.get("forward")
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         for output in waiting:
             return output
         return computed(*args, **kwargs)
 
-    module.__dict__["forward"] = forward
-    restore.callback(lambda: module.__dict__.update(forward=own) if own else module.__dict__.pop("forward"))
+    return forward

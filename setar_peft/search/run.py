@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import nn
 
 from setar_peft.backbones.untouched import left_as_it_was
@@ -25,7 +22,14 @@ from setar_peft.search.greedy import Decision, greedy_search
 from setar_peft.search.plan import SearchPlan, plan_search
 from setar_peft.search.processes import Processes
 from setar_peft.search.progress import SearchProgress
-from setar_peft.search.trace import SearchTrace, TraceCandidate, TraceRow, in_threads, model_fingerprint
+from setar_peft.search.trace import (
+    SearchTrace,
+    TraceCandidate,
+    TraceRow,
+    in_threads,
+    search_settings,
+    trace_to_continue,
+)
 from setar_peft.search.weights import SwappableWeight
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.layer import KnownSplit, SplitSettings
@@ -59,52 +63,82 @@ def search_rank_ratios(
     progress: bool = True,
     trace_path: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> SearchResult:
     """Find the rank ratio of each layer by greedy search (paper, Algorithm 1).
 
     The model is left as it was, also when the search is interrupted: weights, buffers, hooks, training flags and the
-    state of the random generators. Under `accelerate launch` or torchrun each process evaluates a shard of the images,
-    and all return the same result.
+    state of the random generators. A callable may do to it what it likes: each of its evaluations begins with the same
+    model and generators, for which a copy of the weights is kept in host memory (see `left_as_it_was`). Under
+    `accelerate launch` or torchrun each process evaluates a shard of the images, and all return the same result.
 
     Args:
         model: A model without adapters. An `Objective` needs one of a known family; a callable takes any model.
         objective: What is minimised: an `Objective`, or a callable `model -> float`, which is evaluated in full.
         config: Which layers, candidates and order; by default the paper's (W_up, 5 to 40 %, vision then text).
         progress: Show a progress bar on standard error.
-        trace_path: Write the trace here after each step, whole or not at all.
-        resume: Continue the trace at `trace_path` if there is one; the result is that of an uninterrupted search.
+        trace_path: Write the trace here before the first step and after each, whole or not at all. What is there
+            already is neither continued nor replaced unless that is asked for.
+        resume: Continue the trace at `trace_path` if there is one; the result is that of an uninterrupted search. The
+            losses of the base, and of the layers decided so far, are computed anew and compared.
+        overwrite: Start anew and replace what is at `trace_path`.
+
+    Warns:
+        UserWarning: Of candidates that are not evaluated, since they remove nothing or what another one removes.
 
     Raises:
         ValueError: If the model has adapters, no layer or no order fits, inputs do not fit the model, a weight is not
-            finite, the loss of the base is not finite, or the trace to resume is of another model, data or settings.
+            finite, the loss of the base is not finite, there is a trace already, or the trace to resume is damaged or
+            of another model, data, settings or losses.
+        OSError: If the trace cannot be written; this is tried before anything is computed.
         torch.OutOfMemoryError: If not even one image fits; batches are halved before.
     """
     config = SeTARConfig() if config is None else config
-    if resume and trace_path is None:
-        raise ValueError("resume is set, but trace_path is not; say which trace to continue.")
+    if (resume or overwrite) and trace_path is None:
+        given = "resume" if resume else "overwrite"
+        raise ValueError(f"{given} is set, but trace_path is not; say which trace is meant.")
     plan = plan_search(model, objective, config)
     processes = Processes(next((weight.device for weight in model.parameters()), torch.device("cpu")))
+    if plan.left_out and processes.is_first:
+        warnings.warn(f"Candidates that are not evaluated: {plan.left_out}.", UserWarning, stacklevel=2)
+    done = _to_continue(trace_path, processes, resume=resume, overwrite=overwrite)
     shown = progress and processes.is_first
-    with left_as_it_was(model), SearchProgress(plan.work(), shown=shown) as bar:
+    with left_as_it_was(model), SearchProgress(shown=shown) as bar:
         evaluator = SmallerBatches(
             lambda largest: _evaluator(model, objective, config, plan, processes, largest), processes
         )
-        try:
-            trace = SearchTrace(LossValues(math.nan), settings=_settings(config, objective, evaluator, model))
-            done = _resumed(trace, trace_path) if resume else SearchTrace(LossValues(math.nan))
-            trace.initial = done.initial if done.rows else evaluator.initial()
-            if not math.isfinite(trace.initial.total):
-                raise ValueError(
-                    f"The loss of the base model is {trace.initial.total}, so no candidate can be compared with it. "
-                    "Check the model's weights and the images."
-                )
-            rank_ratios = _decide(plan, config, evaluator, bar, trace, done, trace_path if processes.is_first else None)
-        finally:
-            evaluator.restore()
+        settings = search_settings(config, objective, model, evaluator.data_fingerprint)
+        if done is not None:
+            done.check_settings(settings, str(trace_path))
+        initial = evaluator.present()
+        if not math.isfinite(initial.total):
+            raise ValueError(
+                f"The loss of the base model is {initial.total}, so no candidate can be compared with it. "
+                "Check the model's weights and the images."
+            )
+        dtype = next(iter(model.parameters())).dtype
+        course = _Course(
+            plan, config, evaluator, bar, trace_path, initial, settings, done, saves=processes.is_first, dtype=dtype
+        )
+        course.run()
     found = copy.copy(config)
-    found.rank_ratios, found.target_modules, found.objective = dict(rank_ratios), set(rank_ratios), None
+    found.rank_ratios, found.target_modules, found.objective = course.rank_ratios, set(course.rank_ratios), None
     found.known_splits = _known_splits(model, evaluator.residuals, found)
-    return SearchResult(rank_ratios, trace, found, evaluator.residuals)
+    return SearchResult(dict(course.rank_ratios), course.trace, found, evaluator.residuals)
+
+
+def _to_continue(path: str | Path | None, processes: Processes, *, resume: bool, overwrite: bool) -> SearchTrace | None:
+    """The trace to continue (see `trace_to_continue`): what the first process finds holds for all."""
+    found: SearchTrace | Exception | None = None
+    if path is not None and processes.is_first:
+        try:
+            found = trace_to_continue(path, resume=resume, overwrite=overwrite)
+        except (ValueError, OSError) as error:
+            found = error
+    found = processes.gathered(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _known_splits(model: nn.Module, residuals: dict[str, Residual], found: SeTARConfig) -> dict[str, KnownSplit]:
@@ -116,55 +150,164 @@ def _known_splits(model: nn.Module, residuals: dict[str, Residual], found: SeTAR
     }
 
 
-def _decide(
-    plan: SearchPlan,
-    config: SeTARConfig,
-    evaluator: SmallerBatches,
-    bar: SearchProgress,
-    trace: SearchTrace,
-    done: SearchTrace,
-    trace_path: str | Path | None,
-) -> dict[str, float]:
-    """Run the greedy loop: steps that `done` holds are taken from it, the others evaluated; each fills the trace."""
-    known = {(row.step, row.module, row.rank_ratio): LossValues(*row[3:]) for row in done.candidates}
-    best = trace.initial.total
-    bar.best(best)
+class _Course:
+    """The course of one search: steps that `done` holds are taken from it, the others evaluated; each fills the trace.
 
-    def criterion(losses: LossValues) -> float:
-        return float(getattr(losses, _CRITERIA[config.criterion]))
+    Args:
+        plan: What is visited.
+        config: The search's config.
+        evaluator: Computes losses.
+        bar: Shows where the search is.
+        path: Where the trace is; None for nowhere.
+        initial: Losses of the base.
+        settings: What the trace is of.
+        done: The trace to continue.
+        saves: Whether to save the trace.
+        dtype: Of the weights.
 
-    def evaluate(layer: str, ratios: Sequence[float]) -> list[LossValues]:
-        step, work = len(trace.rows), plan.passes_of(layer) * len(ratios)
-        if step < len(done.rows):
-            values = [known[step, layer, ratio] for ratio in ratios]
+    Attributes:
+        trace: What was done so far.
+        rank_ratios: Layer -> the ratio that was decided, 0 before.
+
+    Raises:
+        ValueError: If the base has other losses than in `done`.
+    """
+
+    def __init__(
+        self,
+        plan: SearchPlan,
+        config: SeTARConfig,
+        evaluator: SmallerBatches,
+        bar: SearchProgress,
+        path: str | Path | None,
+        initial: LossValues,
+        settings: dict[str, Any],
+        done: SearchTrace | None,
+        *,
+        saves: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self._plan, self._config, self._evaluator, self._bar = plan, config, evaluator, bar
+        self._path, self._saves = path, saves
+        self._costs = evaluator.costs
+        self._done = SearchTrace(initial) if done is None else done
+        self.trace = SearchTrace(self._done.initial, settings=settings)
+        self.rank_ratios = dict.fromkeys(plan.locations, 0.0)
+        self._best = self.trace.initial
+        self._known = {(row.step, row.module, row.rank_ratio): LossValues(*row[3:]) for row in self._done.candidates}
+        self._tolerance = _tolerance(dtype)
+        self._is_checked = not self._done.rows
+        self._check("the base", initial)
+
+    def run(self) -> None:
+        """Decide layer after layer.
+
+        Raises:
+            ValueError: If the trace that is continued does not hold together, or its losses are not the model's.
+            OSError: If the trace cannot be saved.
+        """
+        self._bar.begin(self._plan.work(self._costs), self._criterion(self._best))
+        if not self._done.rows:
+            self._save()
+        for decision in greedy_search(
+            self._plan.steps,
+            self.trace.initial,
+            lambda layer: self._plan.candidates[layer],
+            self._losses,
+            self._evaluator.choose,
+            passes=self._config.passes,
+            criterion=self._criterion,
+        ):
+            self._best = decision.losses
+            self.rank_ratios[decision.layer] = decision.rank_ratio
+            self._record(decision)
+        if len(self.trace.rows) < len(self._done.rows):
+            raise self._damaged(f"it has {len(self._done.rows)} steps, and the search {len(self.trace.rows)}")
+        self._check_decided()
+
+    def _criterion(self, losses: LossValues) -> float:
+        return float(getattr(losses, _CRITERIA[self._config.criterion]))
+
+    def _losses(self, layer: str, ratios: Sequence[float]) -> list[LossValues]:
+        step, location = len(self.trace.rows), self._plan.locations[layer]
+        seconds = len(ratios) * self._plan.seconds(layer, self._costs)
+        is_known = step < len(self._done.rows)
+        if is_known:
+            missing = [ratio for ratio in ratios if (step, layer, ratio) not in self._known]
+            if missing:
+                raise self._damaged(f"it has no candidate of ratio {missing[0]:g} of {layer} in step {step}")
+            values = [self._known[step, layer, ratio] for ratio in ratios]
         else:
-            location = plan.locations[layer]
-            values = evaluator.losses(
-                layer, ratios, lambda _, ratio, share: bar.candidate(location, ratio, share, work)
+            self._check_decided()
+            values = self._evaluator.losses(
+                layer, ratios, lambda _, ratio, share: self._bar.candidate(location, ratio, share, seconds)
             )
-            _report_non_finite(layer, ratios, map(criterion, values))
-        bar.decided(
-            plan.locations[layer], work, min([best, *(value.total for value in values if math.isfinite(value.total))])
-        )
+            _report_non_finite(layer, ratios, map(self._criterion, values))
+        finite = filter(math.isfinite, map(self._criterion, [self._best, *values]))
+        self._bar.decided(location, seconds, min(finite), evaluated=not is_known)
         return values
 
-    rank_ratios = dict.fromkeys(plan.locations, 0.0)
-    decisions = greedy_search(
-        plan.steps,
-        trace.initial,
-        lambda layer: plan.candidates[layer],
-        evaluate,
-        evaluator.choose,
-        passes=config.passes,
-        criterion=criterion,
-    )
-    for decision in decisions:
-        best = decision.losses.total
-        rank_ratios[decision.layer] = decision.rank_ratio
-        _record(trace, decision, plan)
-        if trace_path is not None and len(trace.rows) > len(done.rows):
-            trace.save(trace_path)
-    return rank_ratios
+    def _check_decided(self) -> None:
+        """Once the known steps are taken: is the loss of what they decided the one that they end with?"""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        if any(self.rank_ratios.values()):
+            self._check("the layers decided so far", self._evaluator.present())
+
+    def _check(self, what: str, now: LossValues) -> None:
+        before = self._best
+        for name in ("total", "id_loss", "ood_loss"):
+            was, is_now = getattr(before, name), getattr(now, name)
+            close = math.isclose(was, is_now, rel_tol=self._tolerance, abs_tol=0.1 * self._tolerance)
+            if not close and not (math.isnan(was) and math.isnan(is_now)):
+                raise ValueError(
+                    f"{self._path} is the trace of another search: for {what} it has {name} {was:.8g}, and here it is "
+                    f"{is_now:.8g}. Search with the objective and the precision that it was made with (a callable has "
+                    "to give the same value each time), or start anew with another trace_path (--output)."
+                )
+
+    def _record(self, decision: Decision) -> None:
+        step, losses, location = len(self.trace.rows), decision.losses, self._plan.locations[decision.layer]
+        backbone = self._plan.backbone
+        in_block = backbone is not None and location.level < len(backbone.towers[location.tower].blocks)
+        row = TraceRow(
+            step,
+            location.tower,
+            location.weight_type,
+            location.level if in_block else None,
+            decision.rank_ratio,
+            losses.total,
+            losses.id_loss,
+            losses.ood_loss,
+            100 * losses.accuracy,
+            100 * losses.ood_patch_share,
+            decision.layer,
+        )
+        self.trace.candidates.extend(
+            TraceCandidate(step, candidate.layer, candidate.rank_ratio, *candidate.losses)
+            for candidate in decision.candidates
+        )
+        self.trace.rows.append(row)
+        if step >= len(self._done.rows):
+            self._save()
+        elif repr(row) != repr(self._done.rows[step]):  # as text, for a part of a callable's loss is NaN
+            raise self._damaged(f"rows[{step}] is {tuple(self._done.rows[step])}, and by its candidates {tuple(row)}")
+
+    def _save(self) -> None:
+        if self._saves and self._path is not None:
+            self.trace.save(self._path)
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self._path} is no trace of this search, or a damaged one: {why}. Start anew with overwrite "
+            "(--overwrite), or with another trace_path (--output)."
+        )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far two evaluations of one loss may be apart, relatively: other batches and devices round otherwise."""
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
 
 
 def _report_non_finite(layer: str, ratios: Sequence[float], values: Iterable[float]) -> None:
@@ -197,75 +340,4 @@ def _evaluator(
         recording_memory=config.recording_memory,
         processes=processes,
         largest_batch=largest_batch,
-    )
-
-
-def _settings(config: SeTARConfig, objective: Any, evaluator: SmallerBatches, model: nn.Module) -> dict[str, Any]:
-    """Everything that a resumed search has to have in common with the one it continues, and the versions."""
-    kept = (
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-        *("prune", "seed", "candidate_ratios", "order", "passes", "criterion"),
-    )
-    settings = {name: value for name, value in config.to_dict().items() if name in kept}
-    named = getattr(objective, "__qualname__", type(objective).__qualname__)
-    return {
-        **{name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()},
-        "objective": objective.settings() if isinstance(objective, Objective) else {"callable": named},
-        "model": model_fingerprint(model),
-        "data": evaluator.data_fingerprint,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
-    }
-
-
-def _resumed(trace: SearchTrace, path: str | Path | None) -> SearchTrace:
-    """The trace to continue, or an empty one; it must be of the same search as `trace`."""
-    if path is None or not Path(path).exists():
-        return SearchTrace(LossValues(math.nan))
-    done = SearchTrace.load(path)
-    before, now = _flat(done.settings), _flat(trace.settings)
-    differences = [
-        f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{path} is the trace of another search: {'; '.join(differences)}. Search with what it was made with, or "
-            "start anew with another trace_path."
-        )
-    return done
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed search must share, those of the objective with their own names."""
-    shared = {name: value for name, value in settings.items() if name not in ("versions", "objective")}
-    return {**shared, **{f"objective.{name}": value for name, value in settings.get("objective", {}).items()}}
-
-
-def _record(trace: SearchTrace, decision: Decision, plan: SearchPlan) -> None:
-    step, losses, location = len(trace.rows), decision.losses, plan.locations[decision.layer]
-    in_block = plan.backbone is not None and location.level < len(plan.backbone.towers[location.tower].blocks)
-    trace.candidates.extend(
-        TraceCandidate(step, candidate.layer, candidate.rank_ratio, *candidate.losses)
-        for candidate in decision.candidates
-    )
-    trace.rows.append(
-        TraceRow(
-            step,
-            location.tower,
-            location.weight_type,
-            location.level if in_block else None,
-            decision.rank_ratio,
-            losses.total,
-            losses.id_loss,
-            losses.ood_loss,
-            100 * losses.accuracy,
-            100 * losses.ood_patch_share,
-            decision.layer,
-        )
     )

@@ -8,16 +8,22 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
+import transformers
 from torch import Tensor, nn
 
 from setar_peft.decomposition import tensor_digest
+from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
+from setar_peft.tuner.config import SeTARConfig
+from setar_peft.versions import versions
 
 
 class TraceRow(NamedTuple):
@@ -104,42 +110,192 @@ class SearchTrace:
         return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
-        """Write the trace as JSON, whole or not at all: a reader never sees half a file."""
+        """Write the trace as JSON, whole or not at all: a reader never sees half a file.
+
+        Raises:
+            OSError: If it cannot be written; what stood there before still does.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(self.to_json())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The trace could not be written to {target} ({error.strerror}); what it held before is still there. "
+                "Make room, and go on with resume (--resume).",
+            ) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> SearchTrace:
         """Read a trace that `save` wrote.
 
         Raises:
-            ValueError: If the file is no trace.
+            ValueError: If the file is no trace, or a damaged one; the message names the place.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(
-                LossValues(*map(_number, data["initial"])),
-                _rows(TraceRow, data["rows"]),
-                _rows(TraceCandidate, data["candidates"]),
-                data["settings"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            parts = [_part(data, *wanted) for wanted in (("initial", list), ("rows", list), ("candidates", list))]
+            initial = _row(LossValues, parts[0], "initial")
+            rows = [_row(TraceRow, row, f"rows[{index}]") for index, row in enumerate(parts[1])]
+            candidates = [_row(TraceCandidate, row, f"candidates[{index}]") for index, row in enumerate(parts[2])]
+            _check_course(initial, rows, candidates)
+            return cls(initial, rows, candidates, _part(data, "settings", dict))
+        except (ValueError, OverflowError) as error:
             raise ValueError(
-                f"{path} is no trace of a search ({error}). Give a file that SearchTrace.save wrote."
+                f"{path} is no trace of a search, or a damaged one: {error}. Give a file that SearchTrace.save wrote, "
+                "or start anew with overwrite (--overwrite)."
             ) from error
 
+    def check_settings(self, settings: dict[str, Any], path: str | Path) -> None:
+        """Check that a search with these settings may continue this trace.
 
-def _rows(kind: Any, values: Iterable[Iterable[Any]]) -> list[Any]:
-    return [kind(*map(_number, row)) for row in values]
+        Args:
+            settings: As `search_settings` gives them.
+            path: Where the trace is, for the error.
+
+        Raises:
+            ValueError: If a setting other than a version differs; each is named with both values.
+        """
+        before, now = _flat(self.settings), _flat(settings)
+        differences = [
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"{path} is the trace of another search: {'; '.join(differences)}. Search with what it was made with, "
+                "or start anew with another trace_path (--output)."
+            )
+
+
+def trace_to_continue(path: str | Path, *, resume: bool, overwrite: bool) -> SearchTrace | None:
+    """The trace that a search continues, None if it starts anew; whether it can be written there is seen at once.
+
+    Args:
+        path: Where the trace is or will be.
+        resume: Continue what is there, if there is something.
+        overwrite: Start anew whatever is there.
+
+    Raises:
+        ValueError: If a trace is there and neither was asked for, both were, or what is to be continued is damaged.
+        OSError: If nothing can be written there.
+    """
+    target = Path(path)
+    if resume and overwrite:
+        raise ValueError("resume (--resume) and overwrite (--overwrite) exclude each other; give one of them.")
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; give the name of a file for the trace.")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"Nothing can be written to {folder} ({error.strerror}); give another place for {target}."
+        ) from error
+    if not target.exists() or overwrite:
+        return None
+    if not resume:
+        raise ValueError(
+            f"{target} is there already. Go on with it with resume (--resume), start anew with overwrite "
+            "(--overwrite), or write to another place (trace_path, --output)."
+        )
+    return SearchTrace.load(target)
+
+
+def search_settings(config: SeTARConfig, objective: Any, model: nn.Module, data: str | None) -> dict[str, Any]:
+    """Everything that a resumed search has to have in common with the one it continues, and the versions.
+
+    Args:
+        config: The search's config.
+        objective: An `Objective`, of which the settings are taken, or a callable, of which only the name is known.
+        model: The base: its values and its configuration are taken.
+        data: A digest of the data, if they are known.
+
+    Raises:
+        ValueError: If the objective's settings are no plain values.
+    """
+    searched = {name: value for name, value in config.to_dict().items() if name in _SEARCH_FIELDS}
+    named = getattr(objective, "__qualname__", type(objective).__qualname__)
+    settings = {
+        **searched,
+        "objective": objective.settings() if isinstance(objective, Objective) else {"callable": named},
+        "model": model_fingerprint(model),
+        "model_config": model_configuration(model),
+        "data": data,
+        "versions": versions(),
+    }
+    try:
+        # As they come out of a file: what is compared with them does.
+        return dict(json.loads(json.dumps(_plain(settings), allow_nan=False)))
+    except TypeError as error:
+        raise ValueError(
+            f"settings() of {named} holds what a trace cannot: {error}. Give texts, numbers, lists and mappings."
+        ) from error
+
+
+_SEARCH_FIELDS = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("prune", "seed", "candidate_ratios", "order", "passes", "criterion"),
+)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that a resumed search must share, nested ones by their names joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if prefix + name == "versions":
+            continue
+        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value})
+    return flat
+
+
+def _part(data: Any, name: str, kind: type) -> Any:
+    if not isinstance(data, dict) or name not in data:
+        raise ValueError(f"it has no {name!r}")
+    if not isinstance(data[name], kind):
+        raise ValueError(f"{name} is a {type(data[name]).__name__} and no {kind.__name__}")
+    return data[name]
+
+
+# What JSON holds for a column of a type.
+_COLUMNS: dict[Any, Any] = {int: (int,), int | None: (int, type(None)), float: (float, int), str: (str,)}
+
+
+def _row(kind: Any, values: Any, where: str) -> Any:
+    """One row as a named tuple: as many columns as it has, each of its type."""
+    if not isinstance(values, list) or len(values) != len(kind._fields):
+        count = f"{len(values)} columns" if isinstance(values, list) else f"{values!r}"
+        raise ValueError(f"{where} has {count}, where there are {len(kind._fields)}")
+    columns: list[Any] = []
+    for (name, wanted), value in zip(get_type_hints(kind).items(), values, strict=True):
+        column: Any = float(str(value)) if wanted is float and value in ("nan", "inf", "-inf") else value
+        if not isinstance(column, _COLUMNS[wanted]) or isinstance(column, bool):
+            raise ValueError(f"{name} of {where} is {column!r} and no {getattr(wanted, '__name__', wanted)}")
+        columns.append(float(column) if wanted is float else column)
+    return kind(*columns)
+
+
+def _check_course(initial: LossValues, rows: Sequence[TraceRow], candidates: Sequence[TraceCandidate]) -> None:
+    for where, losses in (("initial", initial.total), *((f"rows[{row.step}]", row.total_loss) for row in rows)):
+        if not math.isfinite(losses):
+            raise ValueError(f"the loss of {where} is {losses}")
+    for index, row in enumerate(rows):
+        if row.step != index:
+            raise ValueError(f"rows[{index}] is of step {row.step}")
+    for index, candidate in enumerate(candidates):
+        if not 0 <= candidate.step < len(rows):
+            raise ValueError(f"candidates[{index}] is of step {candidate.step}, of {len(rows)} steps")
 
 
 def _plain(value: Any) -> Any:
@@ -148,10 +304,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: Any) -> Any:
-    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 _Item = TypeVar("_Item")
@@ -164,6 +316,29 @@ def model_fingerprint(model: nn.Module) -> str:
     state = model.state_dict()
     digests = in_threads(tensor_digest, state.values())
     return _combined(f"{name} {digest}" for name, digest in zip(state, digests, strict=True))
+
+
+def model_configuration(model: nn.Module) -> dict[str, Any] | None:
+    """What the configuration of a transformers model says of its computation; None where there is no configuration.
+
+    Left out are where it came from, with which version, its dtype, which the fingerprint knows, and names of classes.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, transformers.PretrainedConfig):
+        return None
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(part) for name, part in value.items() if not _says_nothing(name)}
+        return value
+
+    return dict(kept(json.loads(config.to_json_string(use_diff=False))))
+
+
+def _says_nothing(name: str) -> bool:
+    return name.startswith("_") or name in (
+        *("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id"),
+    )
 
 
 class SetFingerprint:

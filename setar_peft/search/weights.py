@@ -1,12 +1,15 @@
-"""Trying out weights: a module's weight is exchanged, never written to."""
+"""Trying out weights: a layer's weight is exchanged for a truncated one, never written to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from setar_peft.backbones.untouched import attributes_put_back
+from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, decompose
 
 
 class SwappableWeight:
@@ -53,12 +56,72 @@ class SwappableWeight:
     @contextmanager
     def holding(self, matrix: Tensor) -> Iterator[None]:
         """Compute with another matrix, (m, n), and go back to the present one."""
-        present = self.module._parameters["weight"]
-        self.set(matrix)
-        try:
+        with attributes_put_back([self.module], ["_parameters"]):
+            self.set(matrix)
             yield
-        finally:
-            self.module._parameters["weight"] = present
 
     def _oriented(self, matrix: Tensor) -> Tensor:
         return matrix.T if self._transposed else matrix
+
+
+class TruncatedLayers:
+    """Layers of a model that can be truncated and restored; what is removed of them is remembered.
+
+    Args:
+        model: The model; its weights are exchanged, never written to.
+        layers: Full names of the layers that are searched.
+        prune: Which components a ratio removes.
+        seed: Seed of the random strategy.
+        keep_decompositions: Keep every layer's decomposition, for searches that come back to a layer.
+
+    Attributes:
+        weights: The layers' weights, by module name.
+        residuals: The removed components of the layers that are truncated at present, by module name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        prune: PruneStrategy,
+        seed: int,
+        *,
+        keep_decompositions: bool,
+    ) -> None:
+        self.model = model
+        self.weights = {name: SwappableWeight(name, model.get_submodule(name)) for name in layers}
+        self.residuals: dict[str, Residual] = {}
+        self._prune: PruneStrategy = prune
+        self._seed = seed
+        self._keep = keep_decompositions
+        self._decompositions: dict[str, Decomposition] = {}
+
+    def choose(self, layer: str, rank_ratio: float) -> None:
+        """Truncate a layer by a ratio from now on; 0 puts the original back."""
+        if rank_ratio == 0:
+            self.weights[layer].restore()
+            self.residuals.pop(layer, None)
+            return
+        decomposition = self._decomposition(layer)
+        self.residuals[layer] = decomposition.residual(rank_ratio)
+        self.weights[layer].set(decomposition.kept(rank_ratio))
+
+    def restore(self) -> None:
+        """Put every original weight back."""
+        for weight in self.weights.values():
+            weight.restore()
+
+    def matrices(self, layer: str, ratios: Sequence[float]) -> Iterator[Tensor]:
+        """The layer's weight, (m, n), truncated by each of the ratios."""
+        decomposition = self._decomposition(layer)
+        for ratio in ratios:
+            yield decomposition.kept(ratio)
+
+    def _decomposition(self, layer: str) -> Decomposition:
+        if layer not in self._decompositions:
+            if not self._keep:
+                self._decompositions.clear()
+            self._decompositions[layer] = decompose(
+                self.weights[layer].original, self._prune, seed=self._seed, name=layer
+            )
+        return self._decompositions[layer]

@@ -59,7 +59,6 @@ def same_search_by_replay_and_in_full(model: Any, objective: Objective, **settin
     """A search by replay decides as one that evaluates each candidate in full, to the same losses."""
     config = SeTARConfig(candidate_ratios=CANDIDATES, **settings)
     replayed = search_rank_ratios(model, objective, config, progress=False)
-    config.recording_memory = 0.0  # a callable's blocks are not replayed either
     full = search_rank_ratios(model, lambda candidate: objective(candidate), config, progress=False)
     assert replayed.rank_ratios == full.rank_ratios
     assert [row.total_loss for row in replayed.trace.rows] == pytest.approx(

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from peft import PeftModel
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+from setar_peft import plots
 from setar_peft.cli import app
 from setar_peft.search.trace import SearchTrace
 from tests.conftest import GOLDEN
@@ -32,7 +35,16 @@ def _setar(*arguments: object) -> tuple[int, str]:
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(tmp_path: Path) -> None:
     code, text = _setar("--output", tmp_path / "out", "--dry-run")
     assert code == 0
-    for piece in ("images  24", "candidates  56", "vision 88, text 51", "FLOP", "kept", "above the model's", "time"):
+    for piece in (
+        "images  24",
+        "candidates  56",
+        "vision 88, text 51",
+        "FLOP",
+        "kept",
+        "disk",
+        "above the model's",
+        "time",
+    ):
         assert piece in text
     assert list(tmp_path.iterdir()) == []
 
@@ -51,6 +63,85 @@ def test_search_writes_adapter_and_trace_and_resumes(tmp_path: Path) -> None:
     code, text = _setar(*options, "--resume")
     assert code == 0, text
     assert SearchTrace.load(tmp_path / "trace.json") == trace
+
+
+QUICK = ["--order", "text", "--candidates", "0.2", "--weights", "W_up, W_q"]
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_finished_work_is_replaced_only_when_that_is_asked_for(tmp_path: Path) -> None:
+    options = ["--output", tmp_path, *QUICK]
+    code, text = _setar(*options)
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    assert [row.weight_type for row in trace.rows] == ["W_up", "W_q"] * 3
+    before = _contents(tmp_path)
+    code, text = _setar(*options, "--prune", "principal")
+    assert code == 1
+    for piece in ("trace.json is there already", "--resume", "--overwrite", "--output"):
+        assert piece in text
+    assert _contents(tmp_path) == before
+    (tmp_path / "trace.json").unlink()
+    for resume in ([], ["--resume"]):
+        code, text = _setar(*options, *resume)
+        assert (code, "holds an adapter, and no trace to continue" in text) == (1, True)
+    code, text = _setar(*options, "--prune", "principal", "--overwrite")
+    assert code == 0, text
+    assert SearchTrace.load(tmp_path / "trace.json").settings["prune"] == "principal"
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["prune"] == "principal"
+
+
+def test_an_interrupted_search_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, save = ["--output", tmp_path, *QUICK], SearchTrace.save
+
+    def interrupted(trace: SearchTrace, path: Path) -> None:
+        save(trace, path)
+        if len(trace.rows) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchTrace, "save", interrupted)
+        code, text = _setar(*options)
+    assert code == 130
+    for piece in ("Stopped after 2 layers", "trace.json", "same command with --resume"):
+        assert piece in text
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
+    code, text = _setar(*options, "--resume")
+    assert code == 0, text
+    assert len(SearchTrace.load(tmp_path / "trace.json").rows) == 6
+
+
+def test_what_was_found_outlives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter is saved whole or not at all, and before anything is drawn or said."""
+    options = ["--output", tmp_path, *QUICK]
+
+    def half(_: object, folder: str) -> None:
+        Path(folder, "adapter_model.safetensors").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PeftModel, "save_pretrained", half)
+        code, text = _setar(*options)
+    assert code == 1
+    assert "No space left on device" in text
+    assert "same command with --resume" in text
+    assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
+
+    def no_figure(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "search_figure", no_figure)
+        code, text = _setar(*options, "--resume")
+    assert code == 1
+    assert sorted(_contents(tmp_path)) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "trace.csv", "trace.json"),
+    ]
+    code, text = _setar(*options, "--resume")
+    assert code == 0, text
 
 
 def test_a_metric_of_ood_patches_and_an_explicit_order(tmp_path: Path) -> None:
@@ -91,7 +182,12 @@ def test_of_two_processes_the_first_speaks_and_writes(tmp_path: Path) -> None:
         (["--candidates", "1.2"], "candidate_ratios is 1.2"),
         (["--top-k", "7"], "top_k is 7 with 6 classes"),
         (["--order", "sideways"], "order is 'sideways'"),
+        (["--weights", "W_up, W_q,W_up"], "--weights names W_up twice"),
+        (["--weights", "W_up,"], "--weights names nothing between two commas"),
+        (["--candidates", "0.1,0.1"], "give each ratio once"),
         (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--dtype", "tf32", "--device", "cpu"], "--dtype tf32 is how CUDA GPUs multiply, and the device is cpu"),
+        (["--resume", "--overwrite"], "exclude each other"),
         (["--criterion", "beauty"], "--criterion is 'beauty'; give one of total, id, ood, auroc, fpr95."),
         (["--order", "vision_model.encoder.layers.9.mlp.fc1"], "order names layers that are not searched"),
         (["--device", "abacus"], "device is 'abacus'"),

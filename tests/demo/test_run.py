@@ -131,8 +131,3 @@ def test_images_are_split_class_by_class() -> None:
         split_by_class(labels, ["a", "b", "c"], 5)
     with pytest.raises(ValueError, match="search-images-per-class is 0"):
         split_by_class(labels, ["a", "b", "c"], 0)
-
-
-def test_top_k_is_30_percent_of_the_classes_unless_given() -> None:
-    assert [Settings().top_k_for(classes) for classes in (2, 6, 7, 1000)] == [1, 2, 2, 300]
-    assert Settings(top_k=5).top_k_for(1000) == 5

@@ -184,3 +184,12 @@ def test_a_tokenizer_that_makes_different_names_equal_is_noticed(short_clip: Any
     objective._tokenizer.words = dict.fromkeys(("cat", "dog"), 7)
     with pytest.warns(UserWarning, match=r"cannot tell the classes.*'tiger cat', 'tiger dog'"):
         objective.class_tokens(backbone_of(short_clip))
+
+
+def test_top_k_is_30_percent_of_the_classes_unless_given() -> None:
+    def top_k(classes: int, **settings: int) -> int:
+        names = [f"class {index}" for index in range(classes)]
+        return LoCoOpObjective(None, names, torch.zeros(2, 3, 4, 4), [0, 1], **settings).top_k
+
+    assert [top_k(classes) for classes in (2, 6, 7, 1000)] == [1, 2, 2, 300]
+    assert top_k(7, top_k=5) == 5

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import AutoTokenizer, CLIPModel
 
-import setar_peft.search.evaluate
-from setar_peft import LoCoOpObjective
+import setar_peft.search.weights
+from setar_peft import LoCoOpObjective, SeTARConfig, estimate_cost, search_rank_ratios
 from setar_peft.search.plan import BlockPasses
 from tests.backbones import checks
 from tests.conftest import GOLDEN
@@ -23,13 +25,13 @@ TURNS = [BOTTOM_UP[3], "text_model.encoder.layers.0.mlp.fc1", BOTTOM_UP[0], "tex
 def decompositions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each layer was decomposed."""
     counted: Counter[str] = Counter()
-    original = setar_peft.search.evaluate.decompose
+    original = setar_peft.search.weights.decompose
 
     def decompose(*args: Any, name: str, **settings: Any) -> Any:
         counted[name] += 1
         return original(*args, name=name, **settings)
 
-    monkeypatch.setattr(setar_peft.search.evaluate, "decompose", decompose)
+    monkeypatch.setattr(setar_peft.search.weights, "decompose", decompose)
     return counted
 
 
@@ -82,3 +84,49 @@ def test_the_default_order_has_a_closed_form() -> None:
             passes.change(tower, level)
     # What was decided last is the result's loss already: the second tower's features are not needed again.
     assert passes.count == {"vision": 8 * 78 + 24, "text": 8 * 78 + 12}
+
+
+def _losses_of(model: nn.Module, seen: list[float]) -> float:
+    seen.append(float(model[0].weight.square().sum()))
+    return -seen[-1]
+
+
+def test_candidates_that_remove_the_same_are_evaluated_once() -> None:
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 2)), []
+    config = SeTARConfig(target_modules=["0", "1"], candidate_ratios=[0.05, 0.3, 0.2, 0.25, 0.4, 0.35])
+    with pytest.warns(UserWarning, match="not evaluated") as warned:
+        trace = search_rank_ratios(model, lambda candidate: _losses_of(candidate, seen), config, progress=False).trace
+    text = str(warned[0].message)
+    for piece in (
+        "of 8 components 0.05 removes none, 0.2 the same 2 as 0.3, 0.25 the same 2 as 0.3, 0.35 the same 3 as 0.4 (0)",
+        "of 2 components 0.05 removes none, 0.2 removes none, 0.25 removes none, 0.4 the same 1 as 0.3, 0.35 the",
+    ):
+        assert piece in text
+    assert {(candidate.module, candidate.rank_ratio) for candidate in trace.candidates} == {
+        ("1", 0.3),
+        ("0", 0.3),
+        ("0", 0.4),
+    }
+    assert len(seen) == 1 + len(trace.candidates)
+    assert [row.module for row in trace.rows] == ["1", "0"]
+
+
+def test_where_no_candidate_removes_anything_there_is_nothing_to_search() -> None:
+    config = SeTARConfig(target_modules=["0"], candidate_ratios=[0.05, 0.1])
+    with pytest.raises(
+        ValueError, match=r"No candidate of any layer removes anything: of 4 components 0\.05 removes none, 0\.1"
+    ):
+        search_rank_ratios(nn.Sequential(nn.Linear(4, 4)), lambda _: 0.0, config, progress=False)
+
+
+def test_the_estimate_counts_what_is_evaluated(
+    load_clip: Callable[..., CLIPModel], clip_objective: Callable[..., LoCoOpObjective]
+) -> None:
+    """Of 64 components in one tower and 48 in the other, 0.25 and 0.255 are the same 16 and the same 12."""
+    config = SeTARConfig(candidate_ratios=[0.005, 0.25, 0.255])
+    estimate = estimate_cost(load_clip(), clip_objective(), config)
+    same = r"of 64 components 0\.005 removes none, 0\.255 the same 16 as 0\.25 \(vision.* and 3 more\); of 48 .* 2 more"
+    with pytest.warns(UserWarning, match=same):
+        trace = search_rank_ratios(load_clip(), clip_objective(), config, progress=False).trace
+    assert len(trace.candidates) == estimate.evaluations == 7

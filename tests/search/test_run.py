@@ -88,7 +88,6 @@ def test_replay_computes_what_full_evaluation_computes(
     objective = clip_objective(12)
     config = SeTARConfig(target_modules=targets, candidate_ratios=[0.1, 0.3])
     replayed = search_rank_ratios(load_clip(), objective, config, progress=False)
-    config.recording_memory = 0.0  # a callable's blocks are not replayed either
     full = search_rank_ratios(load_clip(), lambda model: objective(model), config, progress=False)
     assert replayed.rank_ratios == full.rank_ratios
     assert [c.total_loss for c in replayed.trace.candidates] == pytest.approx(

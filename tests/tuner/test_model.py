@@ -500,7 +500,7 @@ class TestSearchInOneCall:
                 raise RuntimeError("no more images")
             return 1.0
 
-        config = SeTARConfig(target_modules=["fc1"], objective=objective)
+        config = SeTARConfig(target_modules=["fc1"], candidate_ratios=[0.1, 0.3], objective=objective)
         with pytest.raises(RuntimeError, match="no more images"):
             get_peft_model(base, config)
         assert_unchanged(base, before)
