@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from setar_peft.backbones import Backbone, ClassWeights, named_inputs
+from setar_peft.backbones.activations import fused_activations
 from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import residual_rank
 from setar_peft.objectives.base import Objective, encoded_classes
@@ -101,7 +102,7 @@ def estimate_cost(model: nn.Module, objective: Objective, config: SeTARConfig | 
     plan = plan_search(model, objective, config)
     if not isinstance(objective, Objective) or plan.backbone is None:
         raise ValueError("The cost of a callable objective cannot be predicted; give an Objective.")
-    with left_as_it_was(model):
+    with left_as_it_was(model), fused_activations(model):
         return _estimate(plan, plan.backbone, objective, config)
 
 

@@ -7,6 +7,7 @@ import math
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 
+from setar_peft.backbones.activations import fused_activations
 from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import Residual, tensor_digest
 from setar_peft.objectives.base import Objective
@@ -85,7 +87,9 @@ def search_rank_ratios(
     plan = plan_search(model, objective, config)
     processes = Processes(next((weight.device for weight in model.parameters()), torch.device("cpu")))
     shown = progress and processes.is_first
-    with left_as_it_was(model), SearchProgress(plan.work(), shown=shown) as bar:
+    # A callable meets the model's own modules: nothing is known of what it does with them.
+    activations = fused_activations(model) if isinstance(objective, Objective) else nullcontext()
+    with left_as_it_was(model), activations, SearchProgress(plan.work(), shown=shown) as bar:
         evaluator = SmallerBatches(
             lambda largest: _evaluator(model, objective, config, plan, processes, largest), processes
         )
