@@ -81,7 +81,7 @@ def search(
     if criterion not in (*CRITERIA, *_METRICS):
         raise ValueError(f"--criterion is {criterion!r}; give one of {', '.join((*CRITERIA, *_METRICS))}.")
     names = class_names_of(images, classes)
-    where = (own_device() if device is None else None) or torch_device(device)
+    where = torch_device(own_device(device))
     base = load_model(model, dtype=_DTYPES[dtype]).to(where)
     is_metric = criterion in _METRICS
     settings: dict[str, Any] = {"metric": criterion} if is_metric else {}

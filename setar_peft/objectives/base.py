@@ -42,7 +42,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]
 def encoded_classes(
     backbone: Backbone,
     prompt_tokens: Callable[[Backbone], Mapping[str, Tensor]],
-    prompt_batch_size: int,
+    prompt_batch_size: int | None,
     device: torch.device,
 ) -> ClassWeights:
     """The map from features to logits, (classes, d): by class prompts where the model needs them, else its own.
@@ -50,7 +50,7 @@ def encoded_classes(
     Args:
         backbone: The model's backbone.
         prompt_tokens: `backbone -> tokens` of the prompts, each (classes, tokens); called only where there are prompts.
-        prompt_batch_size: Prompts encoded at once.
+        prompt_batch_size: Prompts encoded at once; None for as many as suit the device.
         device: Where the model computes.
     """
     text = None
@@ -64,11 +64,11 @@ class Objective(ABC):
     """A loss over images or texts that adds up batch by batch, so that the search can replay, chunk and reduce it.
 
     Attributes:
-        prompt_batch_size: Class prompts encoded at once.
+        prompt_batch_size: Class prompts encoded at once; None for as many as suit the device.
         sums_size: How many numbers `sums` gives.
     """
 
-    prompt_batch_size: ClassVar[int] = 256
+    prompt_batch_size: int | None = None
     sums_size: ClassVar[int] = len(LossSums._fields)
 
     @abstractmethod

@@ -22,7 +22,7 @@ from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import Residual, tensor_digest
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
-from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches
+from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches, largest_batch
 from setar_peft.search.greedy import Decision, greedy_search
 from setar_peft.search.plan import SearchPlan, plan_search
 from setar_peft.search.processes import Processes
@@ -91,7 +91,9 @@ def search_rank_ratios(
     activations = fused_activations(model) if isinstance(objective, Objective) else nullcontext()
     with left_as_it_was(model), activations, SearchProgress(plan.work(), shown=shown) as bar:
         evaluator = SmallerBatches(
-            lambda largest: _evaluator(model, objective, config, plan, processes, largest), processes
+            lambda largest: _evaluator(model, objective, config, plan, processes, largest),
+            processes,
+            lambda: largest_batch(objective, plan.backbone, processes),
         )
         try:
             trace = SearchTrace(LossValues(math.nan), settings=_settings(config, objective, evaluator, model))

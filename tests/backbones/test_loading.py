@@ -25,10 +25,16 @@ def test_products_in_float32_are_what_torch_is_set_to(setting: str) -> None:
 
 @pytest.mark.parametrize("name", ["tf32", "bfloat16", "float16"])
 def test_elsewhere_they_may_be_rounded_until_the_end(setting: str, name: str) -> None:
-    with pytest.raises(KeyboardInterrupt), precision(name) as dtype:
-        assert dtype == (torch.float32 if name == "tf32" else getattr(torch, name))
-        assert torch.get_float32_matmul_precision() == "high"
-        raise KeyboardInterrupt
+    seen = []
+
+    def interrupted() -> None:
+        with precision(name) as dtype:
+            seen.append((dtype, torch.get_float32_matmul_precision()))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == [(torch.float32 if name == "tf32" else getattr(torch, name), "high")]
     assert torch.get_float32_matmul_precision() == setting
 
 
