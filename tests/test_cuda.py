@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import AutoTokenizer, CLIPModel
 from transformers.activations import QuickGELUActivation
 
 from setar_peft import LoCoOpObjective, SeTARConfig, estimate_cost, search_rank_ratios
@@ -26,6 +26,7 @@ from setar_peft.decomposition import decompose
 from setar_peft.objectives.loss import locoop_sums
 from setar_peft.search.processes import Processes, own_device
 from setar_peft.search.recording import MemoryBudget
+from tests.conftest import GOLDEN
 from tests.search import test_golden
 
 pytestmark = pytest.mark.cuda
@@ -208,8 +209,8 @@ def test_recordings_within_a_budget_decide_the_same(
         assert ("cpu" in places) == (on_device < 1e9 and on_host > 0)
 
 
-def test_memory_stays_near_the_estimate(cuda: torch.device, clip: Clip, clip_objective: Objective) -> None:
-    model, objective = clip(), many(clip_objective(batch_size=512), 2048)
+def test_memory_stays_near_the_estimate(cuda: torch.device, clip: Clip, of_many_images: Objective) -> None:
+    model, objective = clip(), of_many_images(2048)
     estimate = estimate_cost(model, objective)
     torch.cuda.synchronize(cuda)
     torch.cuda.empty_cache()
@@ -220,13 +221,17 @@ def test_memory_stays_near_the_estimate(cuda: torch.device, clip: Clip, clip_obj
     assert torch.cuda.max_memory_allocated(cuda) - before <= 1.1 * estimate.peak_bytes + 128 * 2**20
 
 
-def many(objective: LoCoOpObjective, images: int) -> LoCoOpObjective:
-    """An objective on as many images, those at hand again and again."""
-    source: Any = objective.images
-    times = -(-images // len(source))
-    source._images = source._images.repeat(times, 1, 1, 1)[:images]
-    source.labels = source.labels.repeat(times)[:images]
-    return objective
+@pytest.fixture
+def of_many_images(golden_clip: dict[str, Tensor], class_names: list[str]) -> Objective:
+    """The LoCoOp objective on as many images in one batch: the golden ones again and again."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "cases" / "clip_tiny")
+
+    def make(count: int) -> LoCoOpObjective:
+        chosen = torch.arange(count) % len(golden_clip["labels"])
+        images, labels = golden_clip["pixel_values"][chosen], golden_clip["labels"][chosen]
+        return LoCoOpObjective(tokenizer, class_names, images, labels, ood_weight=0.1, top_k=2, batch_size=count)
+
+    return make
 
 
 @pytest.fixture
@@ -237,11 +242,11 @@ def whole_memory_again(cuda: torch.device) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("whole_memory_again")
-def test_really_out_of_memory(cuda: torch.device, clip: Clip, clip_objective: Objective) -> None:
+def test_really_out_of_memory(cuda: torch.device, clip: Clip, of_many_images: Objective) -> None:
     """Half of what the search took at its peak: it goes on with smaller batches and decides the same."""
     config = SeTARConfig(candidate_ratios=[0.2, 0.4], recording_memory=0.0)
-    model, objective = clip(), many(clip_objective(batch_size=4096), 4096)
-    search_rank_ratios(model, many(clip_objective(), 24), config, progress=False)  # what is set up once
+    model, objective = clip(), of_many_images(4096)
+    search_rank_ratios(model, of_many_images(24), config, progress=False)  # what is set up once
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(cuda)
     before = torch.cuda.memory_reserved(cuda)
