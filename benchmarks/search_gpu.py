@@ -84,11 +84,18 @@ def profiled(device: str, search: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
+def filled_but_for(gibibytes: float) -> torch.Tensor:
+    """A tensor that leaves so much of the GPU's memory free, so that recordings go to pinned host memory."""
+    free, _ = torch.cuda.mem_get_info()
+    return torch.empty(max(0, int(free - gibibytes * 2**30)), dtype=torch.uint8, device="cuda")
+
+
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Figures of whole searches, part by part: seconds and what was found, then a profile, then the bound."""
     with precision(options.precision) as dtype:
         model = random_clip(options.shape).to(options.device, dtype)
         size = model.config.vision_config.image_size
+        filled = filled_but_for(options.leave_free) if options.leave_free is not None else None
 
         def search(images: int, candidates: int) -> Any:
             objective = RandomImages(images, options.classes, size, options.batch_size)
@@ -125,6 +132,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "share_of_bound": bound / seconds,
                 "share_of_measured_rate": operations / (measured * 1e12) / seconds,
             }
+        del filled
 
 
 def main() -> None:
@@ -134,6 +142,7 @@ def main() -> None:
     parser.add_argument("--prompt-batch-size", type=int, help="prompts encoded at once; by default as suits the device")
     parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS)
     parser.add_argument("--recording-memory", type=float, help="GiB for recordings; by default half of what is free")
+    parser.add_argument("--leave-free", type=float, help="fill the GPU's memory but for so many GiB")
     parser.add_argument("--runs", type=int, default=3, help="searches that the median is taken over")
     parser.add_argument("--profile", action="store_true", help="profile one more search, with one candidate")
     parser.add_argument("--no-bound", action="store_true", help="leave out the search that counts operations")
@@ -141,6 +150,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; install a CUDA build of torch, or give --device cpu.")
+    if options.device == "cpu" and options.leave_free is not None:
+        parser.error("--leave-free fills a GPU's memory; leave it out with --device cpu.")
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     figures: dict[str, Any] = {"settings": settings, "machine": described(options.device)}
     for part in measure(options):
