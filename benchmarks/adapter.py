@@ -1,6 +1,6 @@
 """SeTAR beside PEFT's LoRA, PiSSA and OSF at equal rank: forward, training step, load, save, merge, unmerge.
 
-    python benchmarks/adapter.py [--blocks 2] [--ratio 0.1] [--rounds 5] [--device cpu] [--json FILE]
+    python -m benchmarks.adapter [--blocks 2] [--ratio 0.1] [--rounds 5] [--device cpu] [--json FILE]
 
 The model is the vision tower of a CLIP of ViT-B/32's shape with random weights, adapted at W_up (fc1) of each block.
 "Equal rank" is the rank r that the ratio removes: LoRA and PiSSA of rank r, OSF with r trainable components. SeTAR+FT

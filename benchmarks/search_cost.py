@@ -4,8 +4,8 @@ Both take the same decisions on the same random CLIP and decompose each weight o
 so that the peak of one is not the other's. In both, glibc keeps freed memory (docs/search.md), so that work is timed
 and not the page faults of one heap or another; --default-malloc leaves that out.
 
-    python benchmarks/search_cost.py                    # ViT-B/32 shapes, 32 images, 50 classes, 8 candidates
-    python benchmarks/search_cost.py --candidates 2     # the same ratio, four times sooner
+    python -m benchmarks.search_cost                    # ViT-B/32 shapes, 32 images, 50 classes, 8 candidates
+    python -m benchmarks.search_cost --candidates 2     # the same ratio, four times sooner
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import CLIPConfig, CLIPModel
 
+from benchmarks.machine import synchronize
 from setar_peft import Objective, SeTARConfig, search_rank_ratios
 from setar_peft.backbones import ImageFeatures, backbone_of
 from setar_peft.objectives.loss import LossValues, locoop_sums, locoop_values
@@ -131,7 +132,7 @@ def time_of_passes(model: CLIPModel, objective: RandomImages, rows: Counter[str]
     """Seconds of a plain loop that takes as many inputs through whole blocks, in batches of the same size."""
     seconds, rows = 0.0, Counter(rows)
     pixel_values, _ = next(iter(objective.batches()))
-    prompts = {name: values[: objective.prompt_batch_size] for name, values in objective.tokens.items()}
+    prompts = {name: values[: objective.prompt_batch_size or len(values)] for name, values in objective.tokens.items()}
     inputs = {"vision": {"pixel_values": pixel_values}, "text": prompts}
     with torch.no_grad():
         for name, tower in backbone_of(model).towers.items():
@@ -181,12 +182,6 @@ def _peak_mebibytes(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def synchronize(device: str) -> None:
-    """Wait for a GPU to finish."""
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def add_size_options(

@@ -1,175 +1,167 @@
-"""The whole search on a GPU, in bfloat16 and in TF32, and the share it reaches of the bound that its operations set.
+"""The whole search on a GPU in one precision, and the share it reaches of the bound that its operations set.
 
-The bound is the time of the search's matrix products, as counted while it runs once more, at the GPU's peak rate.
+The bound is the time of the search's matrix products, as counted while it runs once more, at the GPU's peak rate: that
+of its data sheet, with the rate of one large product measured beside it.
 
-    python benchmarks/search_gpu.py             # CLIP-B/16, 1,000 images, 1,000 classes, 8 candidates, 24 layers
-    python benchmarks/search_gpu.py --device cpu --shape tiny --images 16 --classes 10 --precision float32
+    python -m benchmarks.search_gpu             # CLIP-B/16, 1,000 images, 1,000 classes, 8 candidates, 24 layers
+    python -m benchmarks.search_gpu --device cpu --shape tiny --images 16 --classes 10 --precision float32
 
-One file for each precision goes to benchmarks/results/. The authors' search of this size took 24 min 41 s on an
-RTX 4090, as their log says.
+The authors' search of this size took 24 min 41 s on an RTX 4090, as their log says.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import platform
-import subprocess
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
-from search_cost import RATIOS, RandomImages, add_size_options, random_clip, synchronize
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import described, device_name, measured_peak, synchronize
+from benchmarks.search_cost import RATIOS, RandomImages, add_size_options, random_clip
 from setar_peft import SeTARConfig, search_rank_ratios
-from setar_peft.objectives.loss import COMPILE_VARIABLE
+from setar_peft.backbones.loading import PRECISIONS, precision
 
-# Dense peak rates in TFLOP/s, from NVIDIA's data sheets: bfloat16 with float32 sums, TF32.
+# Dense peak rates in TFLOP/s, from NVIDIA's data sheets: bfloat16 and float16 with float32 sums, TF32.
 PEAKS = {
-    "H200": {"bfloat16": 989.0, "tf32": 494.0},
-    "H100 PCIe": {"bfloat16": 756.0, "tf32": 378.0},
-    "H100": {"bfloat16": 989.0, "tf32": 494.0},
-    "A100": {"bfloat16": 312.0, "tf32": 156.0},
-    "L40S": {"bfloat16": 362.0, "tf32": 183.0},
-    "RTX 4090": {"bfloat16": 165.2, "tf32": 82.6},
+    "H200": {"bfloat16": 989.0, "float16": 989.0, "tf32": 494.0, "float32": 67.0},
+    "H100 PCIe": {"bfloat16": 756.0, "float16": 756.0, "tf32": 378.0, "float32": 51.0},
+    "H100": {"bfloat16": 989.0, "float16": 989.0, "tf32": 494.0, "float32": 67.0},
+    "A100": {"bfloat16": 312.0, "float16": 312.0, "tf32": 156.0, "float32": 19.5},
+    "L40S": {"bfloat16": 362.0, "float16": 362.0, "tf32": 183.0, "float32": 91.6},
+    "RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "tf32": 82.6, "float32": 82.6},
 }
-RESULTS = Path(__file__).parent / "results"
+KERNELS_SHOWN = 20
 
 
-def measured_peak(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of one large matrix product on this device: what is reached where no data sheet is known."""
-    size = 8192 if device == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
-        left @ right
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
+def sheet_peak(device: str, name: str) -> float | None:
+    """TFLOP/s of the device's data sheet in a precision, where it is known."""
+    return next((rates.get(name) for model, rates in PEAKS.items() if model in device_name(device)), None)
 
 
-def peak_rate(device: str, precision: str, dtype: torch.dtype) -> tuple[float, str]:
-    """TFLOP/s that the device can reach in a precision, and where that figure is from."""
-    name = device_name(device)
-    for model, rates in PEAKS.items():
-        if model in name and precision in rates:
-            return rates[precision], f"data sheet of {model}"
-    return measured_peak(device, dtype), "one large matrix product, measured"
+def timed(device: str, search: Callable[[], Any]) -> tuple[float, float | None, Any]:
+    """Seconds of one search, its peak memory in MiB above what was there, on a GPU, and what it found."""
+    memory = 0.0
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        memory = torch.cuda.memory_allocated()
+    synchronize(device)
+    start = time.perf_counter()
+    result = search()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    return seconds, (torch.cuda.max_memory_allocated() - memory) / 2**20 if device == "cuda" else None, result
 
 
-def device_name(device: str) -> str:
-    """The GPU's name, or the processor's architecture."""
-    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+def profiled(device: str, search: Callable[[], Any]) -> dict[str, Any]:
+    """Where the time of a search goes: the longest kernels (operators on a CPU), and the share the device idles."""
+    on_gpu = device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        seconds, _, _ = timed(device, search)
+    events = profiler.key_averages()
+    if on_gpu:
+        events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    taken = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in events
+    }
+    busy = sum(microseconds for microseconds, _ in taken.values()) / 1e6
+    longest = sorted(taken.items(), key=lambda item: -item[1][0])[:KERNELS_SHOWN]
+    return {
+        "seconds_while_profiled": seconds,
+        "busy_seconds": busy,
+        "idle_share": max(0.0, 1 - busy / seconds),
+        "kernels": sum(count for _, count in taken.values()),
+        "longest": [{"name": key, "seconds": time / 1e6, "count": count} for key, (time, count) in longest],
+    }
 
 
-@contextlib.contextmanager
-def precision_of(precision: str) -> Iterator[torch.dtype]:
-    """The dtype of a precision; for "tf32", float32 whose products may be rounded."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield torch.bfloat16 if precision == "bfloat16" else torch.float32
-    finally:
-        torch.set_float32_matmul_precision(before)
+def filled_but_for(gibibytes: float) -> torch.Tensor:
+    """A tensor that leaves so much of the GPU's memory free, so that recordings go to pinned host memory."""
+    free, _ = torch.cuda.mem_get_info()
+    return torch.empty(max(0, int(free - gibibytes * 2**30)), dtype=torch.uint8, device="cuda")
 
 
-def measure(options: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """One whole search: seconds, operations, share of the bound, peak memory, what was found."""
-    with precision_of(precision) as dtype:
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Figures of whole searches, part by part: seconds and what was found, then a profile, then the bound."""
+    with precision(options.precision) as dtype:
         model = random_clip(options.shape).to(options.device, dtype)
         size = model.config.vision_config.image_size
-        objective = RandomImages(options.images, options.classes, size, options.batch_size)
-        objective.prompt_batch_size = options.prompt_batch_size
-        config = SeTARConfig(candidate_ratios=list(RATIOS[: options.candidates]))
-        warm_up = RandomImages(min(options.images, options.batch_size), options.classes, size, options.batch_size)
-        warm_up.prompt_batch_size = options.prompt_batch_size
-        search_rank_ratios(model, warm_up, SeTARConfig(candidate_ratios=[0.2]), progress=False)
-        memory = 0.0
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            memory = torch.cuda.memory_allocated()
-        synchronize(options.device)
-        start = time.perf_counter()
-        result = search_rank_ratios(model, objective, config, progress=False)
-        synchronize(options.device)
-        seconds = time.perf_counter() - start
-        peak = (torch.cuda.max_memory_allocated() - memory) / 2**20 if options.device == "cuda" else None
-        os.environ[COMPILE_VARIABLE] = "0"  # the counter sees operations, not fused kernels
-        try:
+        filled = filled_but_for(options.leave_free) if options.leave_free is not None else None
+
+        def search(images: int, candidates: int) -> Any:
+            objective = RandomImages(images, options.classes, size, options.batch_size)
+            objective.prompt_batch_size = options.prompt_batch_size
+            config = SeTARConfig(candidate_ratios=list(RATIOS[:candidates]), recording_memory=options.recording_memory)
+            return lambda: search_rank_ratios(model, objective, config, progress=False)
+
+        search(min(options.images, options.batch_size), 1)()  # what is set up once
+        whole = search(options.images, options.candidates)
+        runs = [timed(options.device, whole) for _ in range(options.runs)]
+        seconds, result = statistics.median(run[0] for run in runs), runs[0][2]
+        yield {
+            "seconds": seconds,
+            "seconds_of_each_run": [run[0] for run in runs],
+            "peak_mebibytes_above_model": runs[0][1],
+            "same_decisions_in_each_run": all(run[2].rank_ratios == result.rank_ratios for run in runs),
+            "rank_ratios": result.rank_ratios,
+            "initial_loss": result.trace.initial.total,
+            "final_loss": result.trace.rows[-1].total_loss,
+        }
+        if options.profile:
+            yield {"profile": profiled(options.device, search(options.images, 1))}
+        if not options.no_bound:
             with FlopCounterMode(display=False) as counter:
-                search_rank_ratios(model, objective, config, progress=False)
-        finally:
-            del os.environ[COMPILE_VARIABLE]
-        rate, source = peak_rate(options.device, precision, dtype)
-    operations = counter.get_total_flops()
-    bound = operations / (rate * 1e12)
-    return {
-        "seconds": seconds,
-        "operations": operations,
-        "peak_tflops": rate,
-        "peak_source": source,
-        "bound_seconds": bound,
-        "share_of_bound": bound / seconds,
-        "peak_mebibytes_above_model": peak,
-        "rank_ratios": result.rank_ratios,
-        "initial_loss": result.trace.initial.total,
-        "final_loss": result.trace.rows[-1].total_loss,
-    }
-
-
-def setup(options: argparse.Namespace) -> dict[str, Any]:
-    """Hardware and versions."""
-    driver = None
-    if options.device == "cuda":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
-    return {
-        "device": device_name(options.device),
-        "driver": driver,
-        "cuda": torch.version.cuda if options.device == "cuda" else None,
-        "processor_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
+                whole()
+            sheet, measured = sheet_peak(options.device, options.precision), measured_peak(options.device, dtype)
+            operations = counter.get_total_flops()
+            bound = operations / ((sheet or measured) * 1e12)
+            yield {
+                "operations": operations,
+                "data_sheet_tflops": sheet,
+                "measured_tflops": measured,
+                "bound_seconds": bound,
+                "share_of_bound": bound / seconds,
+                "share_of_measured_rate": operations / (measured * 1e12) / seconds,
+            }
+        del filled
 
 
 def main() -> None:
-    """Search in each precision, print and write the figures."""
+    """Search, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_options(parser, shape="base16", images=1000, classes=1000, batch_size=250, device="cuda")
-    parser.add_argument("--prompt-batch-size", type=int, default=1000)
-    parser.add_argument("--precision", nargs="+", default=["bfloat16", "tf32"], choices=["bfloat16", "tf32", "float32"])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the figures")
+    parser.add_argument("--prompt-batch-size", type=int, help="prompts encoded at once; by default as suits the device")
+    parser.add_argument("--precision", default="bfloat16", choices=PRECISIONS)
+    parser.add_argument("--recording-memory", type=float, help="GiB for recordings; by default half of what is free")
+    parser.add_argument("--leave-free", type=float, help="fill the GPU's memory but for so many GiB")
+    parser.add_argument("--runs", type=int, default=3, help="searches that the median is taken over")
+    parser.add_argument("--profile", action="store_true", help="profile one more search, with one candidate")
+    parser.add_argument("--no-bound", action="store_true", help="leave out the search that counts operations")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; install a CUDA build of torch, or give --device cpu.")
-    machine = setup(options)
-    for precision in options.precision:
-        figures = measure(options, precision)
-        print(
-            f"{precision:>8} on {machine['device']}: {figures['seconds']:.1f} s, "
-            f"{figures['operations'] / 1e12:.3g} TFLOP, "
-            f"{figures['share_of_bound']:.0%} of the bound at {figures['peak_tflops']:.3g} TFLOP/s "
-            f"({figures['peak_source']})",
-            flush=True,
-        )
-        options.results.mkdir(parents=True, exist_ok=True)
-        file = options.results / f"search_gpu-{machine['device'].replace(' ', '_')}-{precision}.json"
-        settings = {name: value for name, value in vars(options).items() if name not in ("results", "precision")}
-        file.write_text(json.dumps({"settings": settings, "machine": machine, **figures}, indent=1) + "\n")
+    if options.device == "cpu" and options.leave_free is not None:
+        parser.error("--leave-free fills a GPU's memory; leave it out with --device cpu.")
+    settings = {name: value for name, value in vars(options).items() if name != "json"}
+    figures: dict[str, Any] = {"settings": settings, "machine": described(options.device)}
+    for part in measure(options):
+        figures |= part
+        if options.json:  # after each part, so that a run which is cut off leaves what it has
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    share = f", {figures['share_of_bound']:.0%} of the bound" if "share_of_bound" in figures else ""
+    name = device_name(options.device)
+    print(f"{options.precision:>8} on {name}: {figures['seconds']:.2f} s (median of {options.runs}){share}", flush=True)
 
 
 if __name__ == "__main__":

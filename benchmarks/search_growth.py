@@ -1,6 +1,6 @@
 """How a search grows: with images, classes, blocks and candidates; and its memory under a fixed budget.
 
-    python benchmarks/search_growth.py --figure growth.png
+    python -m benchmarks.search_growth --figure growth.png
 
 Each point is one search in a process of its own on a random CLIP of width 128; time should be linear in images, classes
 and candidates, and quadratic in blocks (a layer's candidates pass the blocks above it). In the last panel the images
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_cost import RATIOS, RandomImages
 from transformers import CLIPConfig, CLIPModel
 
+from benchmarks.search_cost import RATIOS, RandomImages
 from setar_peft import SeTARConfig, search_rank_ratios
 
 BASE = {"images": 64, "classes": 20, "blocks": 4, "candidates": 4, "recording_memory": None}

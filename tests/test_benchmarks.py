@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from benchmarks import gpu, search_gpu
+
+ROOT = Path(__file__).parent.parent
 SMALL = ["--shape", "tiny", "--images", "6", "--classes", "5", "--candidates", "2"]
 
 
-def run(name: str, *arguments: str, expect: int = 0) -> str:
+def run(name: str, *arguments: str) -> str:
     """What a benchmark prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode == expect, done.stderr
-    return done.stdout + (done.stderr if expect else "")
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_search_cost(tmp_path: Path) -> None:
-    printed = run("search_cost.py", *SMALL, "--json", str(tmp_path / "cost.json"))
+    printed = run("search_cost", *SMALL, "--json", str(tmp_path / "cost.json"))
     assert "decisions equal" in printed
     figures = json.loads((tmp_path / "cost.json").read_text())
     assert figures["ratio"] == figures["full"]["seconds"] / figures["replay"]["seconds"]
@@ -33,19 +39,77 @@ def test_search_cost(tmp_path: Path) -> None:
 
 
 def test_search_gpu_on_a_cpu(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--device", "cpu", "--precision", "float32", "bfloat16", "--results", str(tmp_path)]
-    printed = run("search_gpu.py", *arguments).splitlines()
-    assert [line.split()[0] for line in printed] == ["float32", "bfloat16"]
-    files = sorted(tmp_path.iterdir())
-    assert [file.name.rpartition("-")[2] for file in files] == ["bfloat16.json", "float32.json"]
-    for file in files:
-        figures = json.loads(file.read_text())
-        assert 0 < figures["share_of_bound"] < 1
-        assert figures["operations"] > 0
-        assert len(figures["rank_ratios"]) == 8
-        assert figures["final_loss"] <= figures["initial_loss"]
+    file = tmp_path / "search.json"
+    options = ["--device", "cpu", "--precision", "bfloat16", "--batch-size", "3", "--runs", "3", "--profile"]
+    assert "bfloat16 on" in run("search_gpu", *SMALL, *options, "--json", str(file))
+    figures = json.loads(file.read_text())
+    assert figures["seconds"] == sorted(figures["seconds_of_each_run"])[1]
+    assert figures["same_decisions_in_each_run"]
+    assert 0 < figures["share_of_bound"] < 1
+    assert figures["data_sheet_tflops"] is None
+    assert figures["operations"] > 0
+    assert len(figures["rank_ratios"]) == 8
+    assert figures["final_loss"] <= figures["initial_loss"]
+    assert figures["profile"]["longest"][0]["seconds"] > 0
+    assert figures["settings"]["precision"] == "bfloat16"
 
 
-def test_search_gpu_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "torch sees no CUDA device" in run("search_gpu.py", expect=2)
+@pytest.mark.parametrize("module", [gpu, search_gpu])
+def test_without_a_gpu_they_say_so(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "torch sees no CUDA device; install a CUDA build of torch, or give --device cpu" in capsys.readouterr().err
+
+
+def test_the_first_run_on_a_gpu_on_a_cpu(tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--shape", "tiny", "--results", str(tmp_path), "--only"]
+    printed = run("gpu", *options, "decompositions", "search_on_disk")
+    (file,) = tmp_path.iterdir()
+    results = json.loads(file.read_text())
+    assert str(file) in printed
+    assert results["machine"]["torch"] == torch.__version__
+    assert {name: step["status"] for name, step in results["steps"].items()} == {
+        "decompositions": "done",
+        "search_on_disk": "done",
+    }
+    assert results["steps"]["decompositions"]["figures"]["seconds"]["eigh_float64"] > 0
+    assert results["steps"]["search_on_disk"]["figures"]["settings"]["recording_memory"] == 0
+
+
+def test_a_step_that_fails_or_is_cut_off_leaves_what_it_said_and_found(tmp_path: Path) -> None:
+    write = "import pathlib, sys, time; pathlib.Path(sys.argv[2]).write_text('[1]'); print('so far', flush=True); "
+    cut_off = gpu.run(gpu.Step("slow", ["-c", write + "time.sleep(60)"], 60), 3, tmp_path, "cpu")
+    assert (cut_off["status"], cut_off["figures"]) == ("out of time after 3 s", [1])
+    assert "so far" in cut_off["output"]
+    failed = gpu.run(
+        gpu.Step("bad", ["-c", "raise SystemExit('no such thing')"], 60, writes=False), 60, tmp_path, "cpu"
+    )
+    assert failed["status"] == "failed with 1"
+    assert "no such thing" in failed["output"]
+
+
+@pytest.mark.parametrize("step", list(gpu.steps("cuda", "base16")), ids=lambda step: step.name)
+def test_a_step_of_a_gpu_is_understood(step: gpu.Step, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arguments are those that its module knows; without a GPU each module gets as far as looking for one."""
+    kind, name, *arguments = step.arguments
+    assert kind == "-m"
+    if name == "pytest":
+        assert (ROOT / arguments[0]).exists()
+        return
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--json", "figures.json"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    parsed: list[argparse.Namespace] = []
+
+    def parse(self: argparse.ArgumentParser) -> Any:
+        parsed.append(parse_args(self))
+        raise SystemExit
+
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    assert parsed[0].device == "cuda"

@@ -238,6 +238,11 @@ class Backbone(ABC):
         self.towers: dict[str, Tower] = {}
         self.longest_prompt = 0
 
+    @property
+    def prompts_at_once(self) -> int:
+        """Class prompts encoded at once unless somebody says otherwise: below this many a GPU waits for launches."""
+        return 1024 if self.device.type == "cuda" else 256
+
     @classmethod
     def default_targets(cls) -> set[str]:
         """W_up, as PEFT's `target_modules` names it."""
@@ -281,18 +286,19 @@ class Backbone(ABC):
         """Features as the class weights take them, float32."""
         return ImageFeatures(self.embed(features.pooled), self.embed(features.local), features.mask)
 
-    def text_features(self, tokens: Mapping[str, Tensor], batch_size: int = 256) -> Tensor:
-        """Features of class prompts, (classes, d), encoded in batches of `batch_size`.
+    def text_features(self, tokens: Mapping[str, Tensor], batch_size: int | None = None) -> Tensor:
+        """Features of class prompts, (classes, d), encoded in batches.
 
         Args:
             tokens: `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens), as
                 `Objective.class_tokens` makes them for this backbone; on any device.
-            batch_size: Prompts encoded at once.
+            batch_size: Prompts encoded at once; by default `prompts_at_once`.
 
         Raises:
             ValueError: If the prompts have a length that the model was not trained with.
         """
         tower, device = self.towers["text"], self.device
+        batch_size = batch_size or self.prompts_at_once
         count = len(tokens["input_ids"])
         return torch.cat(
             [

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from setar_peft.backbones.base import Tower, TowerInput, check_images
@@ -60,6 +61,11 @@ class Dinov2Backbone(ClassifierBackbone):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        if not hasattr(self.model.base_model.encoder.layer[0].attention, "o_proj"):
+            raise ValueError(
+                f"{type(model).__name__} is built and named differently before transformers 5.18, and this is "
+                f"{transformers.__version__}. Update transformers; the other families work with it."
+            )
         if self.model.config.use_swiglu_ffn:
             self.weight_names = {**self.weight_names, **self.gated_weight_names}  # type: ignore[misc] # this model's
         self.towers = {"vision": _Tower(model)}

@@ -117,7 +117,7 @@ def search(
     if not dry_run:
         _check_output(trace_path, resume=resume, overwrite=overwrite)
     names = class_names_of(images, classes)
-    where = (own_device() if device is None else None) or torch_device(device)
+    where = torch_device(own_device(device))
     if dtype == "tf32" and where.type != "cuda":
         raise ValueError(f"--dtype tf32 is how CUDA GPUs multiply, and the device is {where}; give float32.")
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")

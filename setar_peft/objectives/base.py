@@ -37,12 +37,12 @@ class Objective(ABC):
     Attributes:
         prompt: The template of the class prompts, with "{class}" in it, or one text a class; None where there is none.
             Tables name it.
-        prompt_batch_size: Class prompts encoded at once.
+        prompt_batch_size: Class prompts encoded at once; None for as many as suit the device.
         sums_size: How many numbers `sums` gives.
     """
 
     prompt: str | Sequence[str] | None = None
-    prompt_batch_size: ClassVar[int] = 256
+    prompt_batch_size: int | None = None
     sums_size: ClassVar[int] = len(LossSums._fields)
 
     @abstractmethod

@@ -6,13 +6,9 @@ OOD patches of the set of minus the entropy (Eq. 11). A patch is OOD if its true
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
-import os
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +19,6 @@ from setar_peft.backbones import ClassWeights
 # Local logits formed at once, as a number of elements: they stay within a processor's cache or a sliver of a GPU's
 # memory, and an image set's images x patches x classes never exists as a whole.
 LOCAL_LOGITS_CHUNK = {"cpu": 2**18, "cuda": 2**26}
-
-# Whether torch.compile fuses what is computed of local logits: "1" always, "0" never; by default on CUDA with Triton.
-COMPILE_VARIABLE = "SETAR_PEFT_COMPILE"
 
 
 class LossSums(NamedTuple):
@@ -93,11 +86,11 @@ def negative_entropy(logits: Tensor, eps: float = 1e-5) -> Tensor:
     Returns:
         (...), in [-log classes, about 0].
     """
-    log_probabilities = logits.log_softmax(-1)
-    probabilities = log_probabilities.exp()
+    probabilities = logits.softmax(-1)
     if eps:
-        return (probabilities * (probabilities + eps).log()).sum(-1)
-    return (probabilities * log_probabilities).sum(-1)
+        # Each pass over images x patches x classes counts: this takes logarithm and product in one.
+        return torch.special.xlogy(probabilities, probabilities + eps).sum(-1)
+    return (probabilities * logits.log_softmax(-1)).sum(-1)
 
 
 def locoop_sums(
@@ -132,14 +125,14 @@ def locoop_sums(
         rows, row_labels = rows[mask.flatten()], row_labels[mask.flatten()]
     ood_loss = torch.zeros((), dtype=exact, device=logits.device)
     ood_patches = torch.zeros((), dtype=exact, device=logits.device)
-    sums_of_patches = _fused_patch_sums() if _fuses(rows.device) else _patch_sums
     chunk = LOCAL_LOGITS_CHUNK.get(rows.device.type, 2**24) // max(1, logits.shape[1])
     # With K classes or more in the top K no patch is OOD, and the local logits need not exist.
     for start in range(0, len(rows) if top_k < logits.shape[1] else 0, max(1, chunk)):
         part = slice(start, start + max(1, chunk))
         local_logits = classes.logits(rows[part])
-        is_ood, negative_entropies = sums_of_patches(local_logits, row_labels[part], top_k, eps, exact)
-        ood_loss += negative_entropies
+        is_ood = ood_patch_mask(local_logits[:, None], row_labels[part], top_k)[:, 0]
+        # Of every patch, since a GPU would have to wait to learn which are OOD.
+        ood_loss += torch.where(is_ood, negative_entropy(local_logits, eps), 0).sum(dtype=exact)
         ood_patches += is_ood.sum()
         if on_ood_patches is not None:
             on_ood_patches(local_logits[is_ood])
@@ -151,48 +144,6 @@ def locoop_sums(
         torch.full((), len(rows), dtype=exact, device=logits.device),
         (logits.argmax(-1) == labels).sum().to(exact),
     )
-
-
-def _patch_sums(logits: Tensor, labels: Tensor, top_k: int, eps: float, exact: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Which patches are OOD, (patches,), and the sum of minus their entropies: all that is made of local logits.
-
-    Entropies are computed of every patch, since a GPU would have to wait to learn how many are OOD; a compiler makes
-    one pass over memory of it.
-    """
-    is_ood = ood_patch_mask(logits[:, None], labels, top_k)[:, 0]
-    return is_ood, torch.where(is_ood, negative_entropy(logits, eps), 0).sum(dtype=exact)
-
-
-def _fuses(device: torch.device) -> bool:
-    wanted = os.environ.get(COMPILE_VARIABLE)
-    if wanted is not None:
-        return wanted == "1"
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _fused_patch_sums() -> Callable[..., tuple[Tensor, Tensor]]:
-    """`_patch_sums` through torch.compile, or as it is from the first time on that it cannot be compiled."""
-    compiled: Callable[..., tuple[Tensor, Tensor]] | None = torch.compile(_patch_sums)
-
-    def patch_sums(*args: Any) -> tuple[Tensor, Tensor]:
-        nonlocal compiled
-        if compiled is not None:
-            try:
-                return compiled(*args)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                compiled = None
-                warnings.warn(
-                    f"The loss over local logits cannot be compiled and runs unfused, to the same result: {error} "
-                    f"Set {COMPILE_VARIABLE}=0 not to try.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-        return _patch_sums(*args)
-
-    return patch_sums
 
 
 def locoop_values(sums: LossSums | Tensor, ood_weight: float) -> LossValues:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from setar_peft.backbones import Backbone, ClassWeights, named_inputs
+from setar_peft.backbones.activations import fuse_activations
 from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import residual_rank
 from setar_peft.objectives.base import Objective
@@ -103,6 +104,7 @@ def estimate_cost(model: nn.Module, objective: Objective, config: SeTARConfig | 
     if not isinstance(objective, Objective) or plan.backbone is None:
         raise ValueError("The cost of a callable objective cannot be predicted; give an Objective.")
     with left_as_it_was(model):
+        fuse_activations(model)
         return _estimate(plan, plan.backbone, objective, config)
 
 
@@ -128,7 +130,8 @@ def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config
     }
     if backbone.needs_prompts:
         tokens = objective.class_tokens(backbone)
-        batch = {name: value[: objective.prompt_batch_size] for name, value in tokens.items()}
+        at_once = objective.prompt_batch_size or backbone.prompts_at_once
+        batch = {name: value[:at_once] for name, value in tokens.items()}
         costs["text"] = _probe(backbone, plan, "text", [batch, batch], len(tokens["input_ids"]))
     loss_seconds, loss_bytes, class_weights = _probe_loss(backbone, objective, batches[-1], images)
 
@@ -139,7 +142,8 @@ def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config
         costs[plan.locations[layer].tower].end_seconds * len(plan.candidates[layer]) * plan.passes
         for layer in plan.locations
     )
-    room = int(min(MemoryBudget(device, config.recording_memory).left, 2**62))
+    budget = MemoryBudget(device, config.recording_memory)
+    room = int(min(budget.left, 2**62))
     recorded = sum(cost.level_bytes * cost.depth + cost.feature_bytes for cost in costs.values())
     entries = sum(cost.level_bytes for cost in costs.values())
     most = max(map(len, plan.candidates.values()))
@@ -153,7 +157,7 @@ def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config
         passes,
         flops,
         recorded,
-        min(recorded, room),
+        int(budget.takes_at_most(recorded)),
         max(0, entries - room),
         _weight_bytes(plan, backbone.model),
         max(cost.activation_bytes for cost in costs.values()) + loss_bytes,

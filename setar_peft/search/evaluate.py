@@ -33,7 +33,7 @@ class Evaluator(TruncatedLayers, ABC):
 
     Attributes:
         data_fingerprint: A digest of the data, where the evaluator knows them.
-        batch_size: Images in the largest batch, where there are batches.
+        batch_size: Images or prompts in the largest batch, where there are batches.
         costs: What `present` took when it was last called.
     """
 
@@ -120,7 +120,7 @@ class ReplayEvaluator(Evaluator):
             self._prompts = self._record("text", self._prompt_inputs())
         self._class_weights: ClassWeights | None = None
         self.data_fingerprint = SetFingerprint.combined(self._processes.gathered(self._data.value))
-        self.batch_size = max((len(labels) for labels in self._labels), default=1)
+        self.batch_size = max(self._images.largest_batch, self._prompts.largest_batch if self._prompts else 1)
 
     def present(self) -> LossValues:
         """Losses with the layers truncated that are at present; on the way the towers' hidden states are recorded."""
@@ -247,9 +247,23 @@ class ReplayEvaluator(Evaluator):
 
     def _prompt_inputs(self) -> Iterator[dict[str, Tensor]]:
         tokens = self._objective.class_tokens(self._backbone)
-        size = self._objective.prompt_batch_size
+        size = self._objective.prompt_batch_size or self._backbone.prompts_at_once
+        size = min(size, self._largest_batch or size)
         for start in range(0, len(tokens["input_ids"]), size):
             yield {key: value[start : start + size] for key, value in tokens.items()}
+
+
+def largest_batch(objective: Any, backbone: Backbone | None, processes: Processes) -> int:
+    """Images or prompts in the first batch that an objective makes for this process; 1 for a callable."""
+    if not isinstance(objective, Objective) or backbone is None:
+        return 1
+    if processes.count > 1:
+        objective = objective.shard(processes.index, processes.count)
+    images = next((len(labels) for _, labels in objective.batches()), 1)
+    if not backbone.needs_prompts:
+        return images
+    prompts = len(objective.class_tokens(backbone)["input_ids"])
+    return max(images, min(prompts, objective.prompt_batch_size or backbone.prompts_at_once))
 
 
 def _features_from(tower: Tower, entry: TowerInput, level: int, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -268,10 +282,14 @@ class SmallerBatches:
     Args:
         build: `largest batch -> evaluator`; None leaves the batches as the objective makes them.
         processes: Those that take part in the search: all halve, or none.
+        largest: The largest batch as the objective makes them; asked for where the first evaluator cannot be built.
     """
 
-    def __init__(self, build: Callable[[int | None], Evaluator], processes: Processes) -> None:
+    def __init__(
+        self, build: Callable[[int | None], Evaluator], processes: Processes, largest: Callable[[], int]
+    ) -> None:
         self._build = build
+        self._unhalved = largest
         self._processes = processes
         self._chosen: dict[str, float] = {}
         self._largest: int | None = None
@@ -326,13 +344,13 @@ class SmallerBatches:
                 self._halve(error)
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
-        present = self._largest if self._present is None else self._present.batch_size
+        present = self._largest or self._unhalved() if self._present is None else self._present.batch_size
         present = max(size or 0 for size in self._processes.gathered(present))
         if present <= 1:
             raise error
         self._largest = present // 2
         warnings.warn(
-            f"Out of memory with {present} images a batch; the search goes on with {self._largest}.",
+            f"Out of memory with {present} images or prompts a batch; the search goes on with {self._largest}.",
             RuntimeWarning,
             stacklevel=4,
         )

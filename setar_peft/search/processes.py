@@ -21,12 +21,21 @@ class Processes:
     Attributes:
         index: Number of this process.
         count: Number of processes.
+
+    Raises:
+        ValueError: If that is another process's GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._state = _joined(cpu=device.type == "cpu") if _are_several() else None
         self.index: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
+        own = self._state.device if self._state else device
+        if device.type == own.type == "cuda" and device != own:
+            raise ValueError(
+                f"The model of process {self.index} of {self.count} is on {device}, but {own} is this process's own "
+                "GPU. Move the model to accelerate.PartialState().device before the search."
+            )
 
     @property
     def is_first(self) -> bool:
@@ -67,9 +76,15 @@ class Processes:
             raise OutOfMemoryElsewhere("Another process ran out of memory.")
 
 
-def own_device() -> torch.device | None:
-    """Of several processes, the device that is this one's own; None where there is one process."""
-    return _joined(cpu=not torch.cuda.is_available()).device if _are_several() else None
+def own_device(name: str | None) -> str | None:
+    """The device of that name; of several processes, the GPU that is this one's own unless another device is named.
+
+    Args:
+        name: "cuda" is any GPU; None is a GPU if there is one.
+    """
+    if _are_several() and (name == "cuda" or (name is None and torch.cuda.is_available())):
+        return str(_joined(cpu=False).device)
+    return name
 
 
 def _joined(*, cpu: bool) -> PartialState:

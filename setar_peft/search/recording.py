@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import IO, NamedTuple
 
 import psutil
@@ -23,7 +25,7 @@ class Kept(NamedTuple):
     Attributes:
         load: `device -> tensor`, as it was.
         place: Where it is: the device's type, "cpu" or "disk".
-        size: Bytes.
+        size: Bytes that it takes there.
     """
 
     load: Callable[[torch.device], Tensor]
@@ -34,7 +36,8 @@ class Kept(NamedTuple):
 class MemoryBudget:
     """Bytes that recordings may take: on the device first, then in pinned host memory.
 
-    What has to be kept whatever it takes goes to a temporary file once the budget is used up.
+    A pinned tensor takes what torch's allocator rounds it up to, the next power of two. What has to be kept whatever it
+    takes goes to a temporary file once the budget is used up.
 
     Args:
         device: Where the model computes.
@@ -47,7 +50,8 @@ class MemoryBudget:
         self._file: IO[bytes] | None = None
         total = float("inf") if gibibytes is None else gibibytes * 2**30
         on_host = _SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
-        if device.type == "cuda":
+        self._pins = device.type == "cuda"
+        if self._pins:
             on_device = _SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0]
             self._left = {"cuda": min(total, on_device), "cpu": max(0.0, min(total - on_device, on_host))}
         else:  # the CPU, or a device that shares its memory
@@ -75,6 +79,11 @@ class MemoryBudget:
         if place in self._left:
             self._left[place] += size
 
+    def takes_at_most(self, size: int) -> float:
+        """The most bytes that tensors of `size` bytes together take within the budget."""
+        first = min(size, next(iter(self._left.values())))
+        return min(self.left, first + 2 * (size - first))
+
     def keep(self, tensor: Tensor, *, whatever_it_takes: bool = False) -> Kept | None:
         """Keep a tensor where the budget has room for it.
 
@@ -90,9 +99,29 @@ class MemoryBudget:
         """
         size = tensor.numel() * tensor.element_size()
         for place in self._left:
-            if self.take(size, place):
-                return Kept(_in_memory(tensor, place), place, size)
+            pinned = self._pins and place == "cpu"
+            taken = _next_power_of_two(size) if pinned else size
+            if self.take(taken, place):
+                held = self._pinned(tensor) if pinned else tensor
+                if held is not None:
+                    return Kept(partial(held.to, non_blocking=True), place, taken)
         return self._on_disk(tensor, size) if whatever_it_takes else None
+
+    def _pinned(self, tensor: Tensor) -> Tensor | None:
+        """A copy in pinned memory; None if the system has no more of that, whatever the budget says."""
+        try:
+            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError as error:  # what CUDA raises here is no OutOfMemoryError
+            self._left["cpu"] = 0.0
+            warnings.warn(
+                f"No more host memory can be pinned ({str(error).splitlines()[0]}); what does not fit on the device is "
+                "computed again, and what stands for the images goes to a temporary file. A smaller recording_memory "
+                "avoids the attempt.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return None
+        return held.copy_(tensor)
 
     def _on_disk(self, tensor: Tensor, size: int) -> Kept:
         if self._file is None:
@@ -119,10 +148,8 @@ class MemoryBudget:
         return Kept(load, "disk", size)
 
 
-def _in_memory(tensor: Tensor, place: str) -> Callable[[torch.device], Tensor]:
-    if place != tensor.device.type:
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
-    return lambda device: tensor.to(device, non_blocking=True)
+def _next_power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
 
 
 class Recording:
@@ -171,6 +198,11 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def largest_batch(self) -> int:
+        """Images or prompts in the largest batch, at least 1."""
+        return max((entry.rows for entry in self._entries), default=1)
 
     def entry(self, batch: int) -> TowerInput:
         """What the tower was entered with, apart from the hidden states, which `input_at(batch, 0)` gives."""

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from setar_peft.backbones.activations import fuse_activations
 from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import Residual, tensor_digest
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
-from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches
+from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches, largest_batch
 from setar_peft.search.greedy import Decision, greedy_search
 from setar_peft.search.plan import SearchPlan, plan_search
 from setar_peft.search.processes import Processes
@@ -104,8 +105,13 @@ def search_rank_ratios(
     done = _to_continue(trace_path, processes, resume=resume, overwrite=overwrite)
     shown = progress and processes.is_first
     with left_as_it_was(model), SearchProgress(shown=shown) as bar:
+        # A callable meets the model's own modules: nothing is known of what it does with them.
+        if isinstance(objective, Objective):
+            fuse_activations(model)
         evaluator = SmallerBatches(
-            lambda largest: _evaluator(model, objective, config, plan, processes, largest), processes
+            lambda largest: _evaluator(model, objective, config, plan, processes, largest),
+            processes,
+            lambda: largest_batch(objective, plan.backbone, processes),
         )
         settings = search_settings(config, objective, model, evaluator.data_fingerprint)
         if done is not None:

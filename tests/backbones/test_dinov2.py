@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import (
     Dinov2Config,
@@ -17,6 +18,8 @@ from transformers import (
 from setar_peft.backbones import backbone_of, default_target_modules
 from tests.backbones import checks
 
+IS_OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18)
+needs_5_18 = pytest.mark.skipif(IS_OLD, reason="transformers before 5.18 has another DINOv2")
 SHAPE = {
     "image_size": 28,
     "patch_size": 7,
@@ -38,6 +41,7 @@ def tiny(request: pytest.FixtureRequest) -> Any:
     )
 
 
+@needs_5_18
 @torch.no_grad()
 @pytest.mark.parametrize("size", [28, 42])
 def test_logits_are_the_models_own_and_local_ones_a_patchs_share(tiny: Any, size: int) -> None:
@@ -57,6 +61,7 @@ def test_logits_are_the_models_own_and_local_ones_a_patchs_share(tiny: Any, size
     assert logits.local.shape == (3, (size // 7) ** 2, len(checks.CLASSES))
 
 
+@needs_5_18
 def test_search(tiny: Any) -> None:
     assert default_target_modules(tiny.config.model_type) == {"mlp.fc1", "mlp.up_proj"}
     checks.weights_are_where_they_should_be(tiny)
@@ -66,11 +71,21 @@ def test_search(tiny: Any) -> None:
     checks.adapter_has_the_searched_loss(tiny, objective)
 
 
+@needs_5_18
 def test_the_gated_mlp_has_its_own_names(tiny: Any) -> None:
     gated = tiny.config.use_swiglu_ffn
     assert backbone_of(tiny).weight_names["W_up"] == ("mlp.up_proj" if gated else "mlp.fc1")
 
 
+@needs_5_18
 def test_images_without_colour_are_refused(tiny: Any) -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 1, 28, 28\).*\(images, 3, height, width\).*processor"):
         checks.features_of(tiny, checks.random_images(2, 1, 28, 28))
+
+
+def test_before_transformers_5_18_it_is_refused(tiny: Any) -> None:
+    attention = tiny.base_model.encoder.layer[0].attention
+    if not IS_OLD:
+        del attention.o_proj
+    with pytest.raises(ValueError, match=r"Dinov2\w+ is built.*before transformers 5\.18.*Update transformers"):
+        backbone_of(tiny)

@@ -42,8 +42,8 @@ def test_the_batch_is_halved_and_the_decisions_are_the_same(
     with pytest.warns(RuntimeWarning, match="Out of memory with") as warned:
         tight = search_rank_ratios(load_clip(), _short_of_memory(clip_objective(), fits=7, after=after), progress=False)
     assert [str(warning.message).split(";")[0] for warning in warned] == [
-        "Out of memory with 24 images a batch",
-        "Out of memory with 12 images a batch",
+        "Out of memory with 24 images or prompts a batch",
+        "Out of memory with 12 images or prompts a batch",
     ]
     assert tight.rank_ratios == roomy.rank_ratios
     assert [row.total_loss for row in tight.trace.rows] == pytest.approx(

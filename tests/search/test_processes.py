@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, search_rank_ratios
+from setar_peft.search.processes import Processes, own_device
 from tests.conftest import GOLDEN
 from tests.search.processes import in_two_processes
 
@@ -54,6 +56,36 @@ def _search_in_two_processes(folder: Path, count: int, out_of_memory_after: int 
     return [process.errors for process in in_two_processes(lambda _: arguments)]
 
 
+class _State:
+    """What accelerate says in the second of two processes with a GPU each."""
+
+    process_index, num_processes, device = 1, 2, torch.device("cuda:1")
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("setar_peft.search.processes.PartialState", lambda cpu: _State())
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_a_gpu_without_a_number_is_this_processs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert own_device("cuda") == "cuda:1"
+    assert [own_device(name) for name in ("cuda:0", "cpu", "mps")] == ["cuda:0", "cpu", "mps"]
+    for available, expected in ((True, "cuda:1"), (False, None)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda available=available: available)
+        assert own_device(None) == expected
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert own_device("cuda") == "cuda"
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_another_processs_gpu_is_refused() -> None:
+    assert Processes(torch.device("cuda:1")).index == 1
+    with pytest.raises(ValueError, match=r"process 1 of 2 is on cuda:0, but cuda:1.*PartialState\(\)\.device"):
+        Processes(torch.device("cuda:0"))
+
+
 @pytest.mark.parametrize("count", [23, 1])
 def test_two_processes_equal_one(
     load_clip: Callable[..., CLIPModel], clip_objective: Callable[..., LoCoOpObjective], tmp_path: Path, count: int
@@ -75,8 +107,8 @@ def test_all_processes_halve_the_batch_when_one_runs_out_of_memory(
     load_clip: Callable[..., CLIPModel], clip_objective: Callable[..., LoCoOpObjective], tmp_path: Path, after: int
 ) -> None:
     for errors in _search_in_two_processes(tmp_path, 23, out_of_memory_after=after):
-        assert "Out of memory with 8 images a batch; the search goes on with 4" in errors
-        assert "Out of memory with 4 images a batch; the search goes on with 2" in errors
+        assert "Out of memory with 8 images or prompts a batch; the search goes on with 4" in errors
+        assert "Out of memory with 4 images or prompts a batch; the search goes on with 2" in errors
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
     alone = search_rank_ratios(load_clip(), clip_objective(23), progress=False)

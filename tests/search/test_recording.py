@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from setar_peft import LoCoOpObjective, search_rank_ratios
 from setar_peft.backbones import backbone_of
 from setar_peft.search.recording import MemoryBudget, Recording
 
@@ -57,6 +58,88 @@ def test_a_full_disk_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
     with pytest.raises(OSError, match=r"400 bytes could not be written \(No space left.*recording_memory.*TMPDIR"):
         MemoryBudget(CPU, 0.0).keep(torch.zeros(100), whatever_it_takes=True)
+
+
+@pytest.fixture
+def gpu_budget(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], MemoryBudget]:
+    """A budget of so many bytes beside a GPU that has no room, whose pinned memory is plain here."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (0, 0))
+    empty = torch.empty
+
+    def pinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr("torch.empty", pinned)
+    return lambda size: MemoryBudget(torch.device("cuda"), size / 2**30)
+
+
+def test_pinned_memory_is_counted_as_the_allocator_rounds_it_up(
+    gpu_budget: Callable[[float], MemoryBudget],
+) -> None:
+    budget = gpu_budget(1024 + 512)
+    tensor = torch.arange(75.0, dtype=torch.float64)  # 600 bytes take 1024
+    first = budget.keep(tensor)
+    assert first is not None
+    assert (first.place, first.size) == ("cpu", 1024)
+    assert torch.equal(first.load(CPU), tensor)
+    assert budget.left == pytest.approx(512)
+    assert budget.keep(tensor) is None
+    exact = budget.keep(tensor[:64])
+    assert exact is not None
+    assert (exact.size, budget.left) == (512, pytest.approx(0))
+    budget.give_back(first.size, first.place)
+    assert budget.takes_at_most(300) == pytest.approx(600)
+    assert budget.takes_at_most(900) == pytest.approx(1024)
+
+
+def test_a_refusal_to_pin_is_said_once_and_the_disk_takes_over(
+    gpu_budget: Callable[[float], MemoryBudget], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget, empty = gpu_budget(2**20), torch.empty
+
+    def refuse(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr("torch.empty", refuse)
+    with pytest.warns(RuntimeWarning, match=r"pinned \(CUDA error: out of memory\).*recording_memory") as warned:
+        assert budget.keep(torch.ones(100)) is None
+    kept = budget.keep(torch.ones(100), whatever_it_takes=True)
+    assert len(warned) == 1
+    assert kept is not None
+    assert kept.place == "disk"
+    assert torch.equal(kept.load(CPU), torch.ones(100))
+
+
+@pytest.mark.parametrize(("tower", "fits", "halvings"), [("vision", 6, [24, 12]), ("text", 3, [24, 12, 6])])
+def test_out_of_memory_while_recording_halves_the_batch(
+    load_clip: Callable[..., CLIPModel],
+    clip_objective: Callable[..., LoCoOpObjective],
+    monkeypatch: pytest.MonkeyPatch,
+    tower: str,
+    fits: int,
+    halvings: list[int],
+) -> None:
+    """Images or prompts that do not fit on their way to the first block: the search goes on with fewer at once."""
+    expected = search_rank_ratios(load_clip(), clip_objective(), progress=False)
+    model = load_clip()
+    kind = type(backbone_of(model).towers[tower])
+    enter = kind.enter
+
+    def short_of_memory(self: Any, inputs: Any) -> Any:
+        if len(next(iter(inputs.values()))) > fits:
+            raise torch.OutOfMemoryError("out of memory")
+        return enter(self, inputs)
+
+    monkeypatch.setattr(kind, "enter", short_of_memory)
+    with pytest.warns(RuntimeWarning, match="Out of memory") as warned:
+        found = search_rank_ratios(model, clip_objective(), progress=False)
+    assert [str(warning.message).split(" images")[0] for warning in warned] == [
+        f"Out of memory with {size}" for size in halvings
+    ]
+    assert found.rank_ratios == expected.rank_ratios
+    assert found.trace.rows[-1].total_loss == pytest.approx(expected.trace.rows[-1].total_loss, abs=1e-6)
 
 
 @torch.no_grad()
