@@ -15,6 +15,7 @@ from setar_peft import plots
 from setar_peft.backbones import backbone_of
 from setar_peft.backbones.loading import load_model, load_processor, torch_device
 from setar_peft.data.folders import class_names_of
+from setar_peft.data.labels import matching_sentence
 from setar_peft.objectives import LoCoOpObjective, PatchMetricObjective
 from setar_peft.objectives.patch_metric import PatchMetric
 from setar_peft.search.estimate import estimate_cost
@@ -36,7 +37,10 @@ def search(
     ),
     classes: Annotated[
         Path | None,
-        typer.Option(help="JSON list of class names, in the subfolders' order.", show_default="the subfolders' names"),
+        typer.Option(
+            help='JSON list of class names, or {"subfolder": "class name", ...}.',
+            show_default="the classifier's own, or the subfolders' names",
+        ),
     ] = None,
     weights: Annotated[
         str, typer.Option(help="Weight types, separated by commas: W_q, W_k, W_v, W_o, W_up, W_down, W_p.")
@@ -80,9 +84,10 @@ def search(
         raise ValueError(f"--dtype is {dtype!r}; give one of {', '.join(_DTYPES)}.")
     if criterion not in (*CRITERIA, *_METRICS):
         raise ValueError(f"--criterion is {criterion!r}; give one of {', '.join((*CRITERIA, *_METRICS))}.")
-    names = class_names_of(images, classes)
     where = (own_device() if device is None else None) or torch_device(device)
     base = load_model(model, dtype=_DTYPES[dtype]).to(where)
+    backbone = backbone_of(base)
+    names = class_names_of(images, classes, None if backbone.needs_prompts else base.config.id2label)
     is_metric = criterion in _METRICS
     settings: dict[str, Any] = {"metric": criterion} if is_metric else {}
     objective = (PatchMetricObjective if is_metric else LoCoOpObjective)(
@@ -95,7 +100,6 @@ def search(
         batch_size=batch_size,
         **settings,
     )
-    backbone = backbone_of(base)
     config = SeTARConfig(
         target_modules=[name for kind in _parts(weights) for name in backbone.modules_of_type(kind)],
         candidate_ratios=_numbers(candidates),
@@ -106,6 +110,9 @@ def search(
         recording_memory=recording_memory,
     )
     is_first = Processes(where).is_first
+    matching = matching_sentence(objective.images.matched)
+    if is_first and matching is not None:
+        typer.echo(matching)
     if is_first:
         typer.echo(estimate_cost(base, objective, config).table())
     if dry_run:

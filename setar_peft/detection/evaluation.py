@@ -208,6 +208,7 @@ def image_scores(
     needs_local = any(find_score(name).needs_local for name in scores)
     logits, labels, values = [], [], []
     with evaluation_mode(model) as (backbone, device):
+        objective.check_model(backbone)
         classes = encoded_classes(backbone, objective.prompt_tokens, objective.prompt_batch_size, device)
         for batch, batch_labels in images.batches():
             inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}

@@ -100,6 +100,12 @@ class Objective(ABC):
     def values(self, sums: Tensor) -> LossValues:
         """The loss and its parts from the sums over all images."""
 
+    def check_model(self, backbone: Backbone) -> None:  # noqa: B027 - an objective may fit any model
+        """Raise a `ValueError` if the objective's classes are not the model's."""
+
+    def check_base(self, losses: LossValues) -> None:  # noqa: B027 - it is a courtesy
+        """Warn if the losses of the base model say that its inputs or labels are not what they should be."""
+
     def settings(self) -> dict[str, Any]:
         """What a resumed search has to have in common with the one it continues, as plain values."""
         return {"type": type(self).__qualname__}
@@ -124,6 +130,7 @@ class Objective(ABC):
         """
         total: Any = 0.0
         with evaluation_mode(model) as (backbone, device):
+            self.check_model(backbone)
             classes = encoded_classes(backbone, self.prompt_tokens, self.prompt_batch_size, device)
             for batch, labels in self.batches():
                 inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}

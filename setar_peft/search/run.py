@@ -98,6 +98,8 @@ def search_rank_ratios(
                     f"The loss of the base model is {trace.initial.total}, so no candidate can be compared with it. "
                     "Check the model's weights and the images."
                 )
+            if isinstance(objective, Objective) and processes.is_first and not done.rows:
+                objective.check_base(trace.initial)
             rank_ratios = _decide(plan, config, evaluator, bar, trace, done, trace_path if processes.is_first else None)
         finally:
             evaluator.restore()

@@ -20,7 +20,7 @@ COMMON = [
     "--images",
     str(CASES / "images"),
     "--classes",
-    str(CASES / "classes.json"),
+    str(CASES / "folders.json"),
 ]
 
 

@@ -72,7 +72,7 @@ def test_a_folder_of_classes_and_a_local_model(
         str(cases / "clip_tiny"),
         cases / "images",
         Settings(),
-        classes=cases / "classes.json",
+        classes=cases / "folders.json",
         ood=[cases / "images" / "c003"],
         search_images_per_class=1,
     )
