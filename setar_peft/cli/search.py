@@ -110,10 +110,10 @@ def search(
         recording_memory=recording_memory,
     )
     is_first = Processes(where).is_first
-    matching = matching_sentence(objective.images.matched)
-    if is_first and matching is not None:
-        typer.echo(matching)
     if is_first:
+        matching = matching_sentence(objective.images.matched)
+        if matching is not None:
+            typer.echo(matching)
         typer.echo(estimate_cost(base, objective, config).table())
     if dry_run:
         return

@@ -40,7 +40,8 @@ class ImageSource:
 
     Attributes:
         labels: (images,) class indices, -1 without classes.
-        matched: What the data call each class -> its class name; empty where the data have no names.
+        matched: What the data call each class -> its class name; empty where the data have no names. Nothing is printed
+            here: names that differ in case, spaces, underscores and hyphens alone are one name if they are unambiguous.
         batch_size: Images a batch.
 
     Raises:

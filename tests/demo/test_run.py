@@ -86,7 +86,7 @@ def test_a_folder_of_classes_and_a_local_model(
     }
     result, printed = quiet_run(experiment, tmp_path / "out")
     assert result.reload_is_exact
-    assert "c003" in printed
+    assert "Matched by name: c000 -> cat, c001 -> dog" in printed
     assert max(map(len, printed.splitlines()[:-1])) <= 80
 
 
