@@ -80,7 +80,8 @@ def class_names_of(
 
     Args:
         images: The folder.
-        classes: JSON file with a list of class names in the labels' order, or a mapping from subfolder to class name.
+        classes: JSON file with a list of class names in the labels' order, or a mapping from subfolder to class name,
+            for a classifier of those subfolders alone that do not have the class's name.
         id2label: A classifier's `config.id2label`; its numbering is the one that counts. None where classes are given
             by prompts.
 
@@ -91,8 +92,9 @@ def class_names_of(
     Raises:
         ValueError: If the folder or file cannot be read, or the names are not the classifier's.
     """
-    given = None if classes is None else ClassNames.of(_read_json(classes))
     model = ClassNames.of_model(id2label)
+    # Of a classifier's names a mapping may hold those alone that differ from the folders'.
+    given = None if classes is None else ClassNames.of(_read_json(classes), 2 if model is None else 1)
     if model is not None:
         return model if given is None else given.in_order_of(model)
     if given is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class ClassNames:
     keys: tuple[str | None, ...] | None = None
 
     @classmethod
-    def of(cls, given: Any) -> ClassNames:
+    def of(cls, given: Any, fewest: int = 2) -> ClassNames:
         """Class names as a user gives them.
 
         Args:
@@ -39,8 +39,10 @@ class ClassNames:
                 mapping from what the data call a class to its name, which numbers the classes in its own order (by
                 number where the keys are numbers).
 
+            fewest: How many there have to be.
+
         Raises:
-            ValueError: If they are no names of at least two classes, have no order, or an index is missing.
+            ValueError: If they are no names of at least `fewest` classes, have no order, or an index is missing.
         """
         if isinstance(given, ClassNames):
             return given
@@ -54,7 +56,7 @@ class ClassNames:
             names = [given[key] for key in keys]
         else:
             names = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-        if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
+        if len(names) < fewest or not all(isinstance(name, str) and name for name in names):
             raise ValueError(
                 f"class_names is {names!r}; give the names of at least two in-distribution classes, in the labels' "
                 "order."
@@ -95,17 +97,12 @@ class ClassNames:
         Raises:
             ValueError: If a name fits no class or several, or two names fit one class.
         """
-        tables = [self.names] if self.keys is None else [self.keys, self.names]
-        results = [_matched(found, table) for table in tables]
-        fitting = [result for result in results if isinstance(result, dict)]
-        problem = results[0]
-        if len(fitting) == 2 and fitting[0] != fitting[1]:
-            problem = "they fit both the keys and the names of class_names, and not the same classes"
-        elif fitting:
-            return fitting[0]
+        matched = _matched(found, self)
+        if isinstance(matched, dict):
+            return matched
         shown = ", which the data are to call " + _listed(key or "-" for key in self.keys) if self.keys else ""
         raise ValueError(
-            f"{where} do not match the class names: {problem}. {where}: {_listed(found)}. Class names: "
+            f"{where} do not match the class names: {matched}. {where}: {_listed(found)}. Class names: "
             f"{_listed(self.names)}{shown}. Nothing is matched by position: use the class names, or say which is which "
             'by class_names (a file for --classes) such as {"n01440764": "tench", ...}, from what the data call a '
             "class to its name."
@@ -240,26 +237,33 @@ def _check_range(labels: Tensor, classes: int) -> None:
         )
 
 
-def _matched(found: Collection[str], table: Sequence[str | None]) -> dict[str, int] | str:
-    """Name -> place in a table of names, or what is wrong."""
-    exact, folded = _places(table, _composed), _places(table, _folded)
+def _matched(found: Collection[str], classes: ClassNames) -> dict[str, int] | str:
+    """Name -> class index, or what is wrong."""
+    by_key, by_name = _lookup(classes.keys or ()), _lookup(classes.names)
     index: dict[str, int] = {}
+    taken: dict[int, str] = {}
     for name in found:
-        places = exact.get(_composed(name)) or folded.get(_folded(name)) or []
+        keyed, named = by_key(name), by_name(name)
+        places = keyed or named
         if not places:
             return f"{name!r} fits none"
         if len(places) > 1:
             return f"{name!r} fits {len(places)} classes, numbers {', '.join(map(str, places))}"
-        index[name] = places[0]
-    taken: dict[int, str] = {}
-    for name, place in index.items():
-        if place in taken:
-            return f"{taken[place]!r} and {name!r} both fit {table[place]!r}"
-        taken[place] = name
+        if named and places[0] not in named:
+            return f"{name!r} is a key of one class and the name of another"
+        if places[0] in taken:
+            return f"{taken[places[0]]!r} and {name!r} both fit {classes.names[places[0]]!r}"
+        index[name], taken[places[0]] = places[0], name
     return index
 
 
-def _places(table: Sequence[str | None], form: Any) -> dict[str, list[int]]:
+def _lookup(table: Sequence[str | None]) -> Callable[[str], list[int]]:
+    """From a name to its places in a table: those that equal it, or else those that differ in case and separators."""
+    exact, folded = _places(table, _composed), _places(table, _folded)
+    return lambda name: exact.get(_composed(name)) or folded.get(_folded(name)) or []
+
+
+def _places(table: Sequence[str | None], form: Callable[[str], str]) -> dict[str, list[int]]:
     places: dict[str, list[int]] = {}
     for place, name in enumerate(table):
         if name is not None:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
+from setar_peft import LoCoOpObjective
 from setar_peft.cli import app
 from setar_peft.search.trace import SearchTrace
 from tests.conftest import GOLDEN
@@ -51,6 +57,57 @@ def test_search_writes_adapter_and_trace_and_resumes(tmp_path: Path) -> None:
     code, text = _setar(*options, "--resume")
     assert code == 0, text
     assert SearchTrace.load(tmp_path / "trace.json") == trace
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier whose classes are not in alphabetical order, and its folders of grey images, 16 bits deep."""
+    root = tmp_path_factory.mktemp("classifier")
+    names = ["T-shirt/top", "Trouser", "Ankle boot", "Bag"]
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    ViTForImageClassification(config).save_pretrained(root / "model")
+    size = {"height": 8, "width": 8}
+    ViTImageProcessorPil(image_mean=[0.5], image_std=[0.5], size=size).save_pretrained(root / "model")
+    noise = np.random.default_rng(0).integers(0, 65536, (8, 8, 8), dtype=np.uint16)
+    for index, pixels in enumerate(noise):
+        folder = root / "images" / names[index // 2].replace("/", " ").lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    (root / "classes.json").write_text(json.dumps({"t-shirt top": "T-shirt/top"}))
+    np.save(root / "noise.npy", noise)
+    return root
+
+
+def test_folders_are_a_classifiers_classes_by_name(classifier: Path, tmp_path: Path) -> None:
+    command = ["search", classifier / "model", "--images", classifier / "images", "--candidates", "0.3"]
+    options = ["--output", tmp_path / "out", "--top-k", "2", "--classes", classifier / "classes.json"]
+    result = CliRunner().invoke(app, list(map(str, [*command, *options])))
+    assert result.exit_code == 0, result.output
+    said = "Matched by name: ankle boot -> Ankle boot, bag -> Bag, t-shirt top -> T-shirt/top, trouser -> Trouser."
+    assert said in result.stdout
+    model = ViTForImageClassification.from_pretrained(classifier / "model").eval()
+    eight_bits = (np.load(classifier / "noise.npy").astype(int) + 128) // 257
+    pixels = torch.as_tensor(eight_bits / 127.5 - 1, dtype=torch.float32)[:, None]
+    expected = LoCoOpObjective(None, model.config.id2label, pixels, torch.arange(8) // 2, top_k=2).losses(model)
+    assert SearchTrace.load(tmp_path / "out" / "trace.json").initial == pytest.approx(expected, abs=1e-5)
+    # ... and not what the folders' alphabetical order would give.
+    alphabetical = torch.tensor([2, 2, 3, 3, 0, 0, 1, 1])
+    other = LoCoOpObjective(None, model.config.id2label, pixels, alphabetical, top_k=2).losses(model)
+    assert other.id_loss != pytest.approx(expected.id_loss, abs=1e-2)
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 1
+    assert "'t-shirt top' fits none" in result.output
 
 
 def test_a_metric_of_ood_patches_and_an_explicit_order(tmp_path: Path) -> None:

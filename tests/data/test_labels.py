@@ -31,7 +31,7 @@ def test_names_are_matched_exactly_and_then_folded() -> None:
         (["crane", "crane"], ["crane"], ["'crane' fits 2 classes"]),
         ([str(n) for n in range(30)], ["x"], ["Class names: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 18 more"]),
         (NAMES, ["n01440764"], ["Nothing is matched by position", '{"n01440764": "tench", ...}', "--classes"]),
-        ({"a": "b", "b": "a"}, ["a", "b"], ["both the keys and the names", "not the same classes"]),
+        ({"a": "b", "b": "a"}, ["a", "b"], ["'a' is a key of one class and the name of another"]),
     ],
 )
 def test_what_does_not_fit_is_refused_with_both_lists(names: Any, found: list[str], pieces: list[str]) -> None:
@@ -141,6 +141,8 @@ def test_names_in_a_models_order() -> None:
     keyed = ClassNames.of({"x": "Bag", "y": "Trouser"}).in_order_of(model)
     assert (keyed.names, keyed.keys) == (model.names, ("y", None, "x"))
     assert keyed.match(["x"], "They") == {"x": 2}
+    # A mapping may be of what does not match by itself alone, such as a name that no folder can have.
+    assert keyed.match(["x", "ankle boot"], "They") == {"x": 2, "ankle boot": 1}
     with pytest.raises(ValueError, match=r"not the model's 3 classes.*Bag, Trouser\..*Trouser, Ankle boot, Bag"):
         ClassNames.of(["Bag", "Trouser"]).in_order_of(model)
     with pytest.raises(ValueError, match="'Hat' fits none"):
