@@ -40,6 +40,7 @@ class ImageSource:
 
     Attributes:
         labels: (images,) class indices, -1 without classes.
+        classes: The classes that the labels mean; None without.
         matched: What the data call each class -> its class name; empty where the data have no names. Nothing is printed
             here: names that differ in case, spaces, underscores and hyphens alone are one name if they are unambiguous.
         batch_size: Images a batch.
@@ -61,7 +62,7 @@ class ImageSource:
         label_column: str | None = None,
     ) -> None:
         self.batch_size = checked_batch_size(batch_size)
-        classes = None if class_names is None else ClassNames.of(class_names)
+        self.classes = classes = None if class_names is None else ClassNames.of(class_names)
         where = "The labels"
         self._pixel_values: Tensor | None = None
         if isinstance(dataset, Tensor):

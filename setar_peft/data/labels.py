@@ -117,7 +117,7 @@ class ClassNames:
         if self.names == model.names:
             return self
         if self.keys is None and len(self) != len(model):
-            raise ValueError(_other_classes(self, model))
+            raise ValueError(_other_classes(self, model, "the model"))
         if len(set(self.names)) < len(self):
             twice = next(name for name in self.names if self.names.count(name) > 1)
             raise ValueError(
@@ -130,14 +130,18 @@ class ClassNames:
         called = {index[name]: key for name, key in zip(self.names, self.keys, strict=True)}
         return ClassNames(model.names, tuple(called.get(number) for number in range(len(model))))
 
-    def check_order_of(self, model: ClassNames) -> None:
-        """Refuse classes that are not the model's own, in the model's order.
+    def check_order_of(self, other: ClassNames, owner: str) -> None:
+        """Refuse classes that are not another's, in the same order.
+
+        Args:
+            other: The classes that they have to be.
+            owner: Whose these are, for the error.
 
         Raises:
             ValueError: With both lists.
         """
-        if list(map(_folded, self.names)) != list(map(_folded, model.names)):
-            raise ValueError(_other_classes(self, model))
+        if list(map(_folded, self.names)) != list(map(_folded, other.names)):
+            raise ValueError(_other_classes(self, other, owner))
 
 
 def class_indices(
@@ -300,9 +304,10 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(listed[:_SHOWN]) + more
 
 
-def _other_classes(given: ClassNames, model: ClassNames) -> str:
+def _other_classes(given: ClassNames, other: ClassNames, owner: str) -> str:
+    source = "model.config.id2label" if owner == "the model" else "objective.class_names"
     return (
-        f"class_names are not the model's {len(model)} classes in the model's order. class_names: "
-        f"{_listed(given.names)}. The model's: {_listed(model.names)}. Give class_names=model.config.id2label; labels "
-        "are then matched with it by name."
+        f"class_names are not {owner}'s {len(other)} classes in its order. class_names: {_listed(given.names)}. Those "
+        f"of {owner}: {_listed(other.names)}. Give class_names={source}; names that the data have are then matched "
+        "with it."
     )

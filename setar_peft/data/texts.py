@@ -33,6 +33,7 @@ class NamedInputs:
 
     Attributes:
         labels: (inputs,) class indices.
+        classes: The classes that the labels mean.
         matched: What the data call each class -> its class name; empty where the data have no names.
         batch_size: Inputs a batch.
 
@@ -77,8 +78,8 @@ class NamedInputs:
                 )
         if not self._length:
             raise ValueError("There are no inputs; give at least one.")
-        classes = ClassNames.of(class_names)
-        self.labels, self.matched = class_indices(labels, label_names, self._length, classes)
+        self.classes = ClassNames.of(class_names)
+        self.labels, self.matched = class_indices(labels, label_names, self._length, self.classes)
 
     def __len__(self) -> int:
         return self._length

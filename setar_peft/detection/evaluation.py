@@ -159,6 +159,8 @@ def evaluate(
         name: images if isinstance(images, (ImageSource, NamedInputs)) else ImageSource(processor, images)
         for name, images in ood_images.items()
     }
+    if id_images.classes is not None:
+        objective.check_labels(id_images.classes)
     known = image_scores(model, objective, id_images, scores=scores, temperature=temperature)
     unknown = {
         name: image_scores(model, objective, source, scores=scores, temperature=temperature)
@@ -208,7 +210,7 @@ def image_scores(
     needs_local = any(find_score(name).needs_local for name in scores)
     logits, labels, values = [], [], []
     with evaluation_mode(model) as (backbone, device):
-        objective.check_model(backbone)
+        objective.check_classes(backbone)
         classes = encoded_classes(backbone, objective.prompt_tokens, objective.prompt_batch_size, device)
         for batch, batch_labels in images.batches():
             inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of, named_inputs
+from setar_peft.data.labels import ClassNames
 from setar_peft.objectives.loss import LossSums, LossValues
 
 if TYPE_CHECKING:
@@ -100,8 +101,11 @@ class Objective(ABC):
     def values(self, sums: Tensor) -> LossValues:
         """The loss and its parts from the sums over all images."""
 
-    def check_model(self, backbone: Backbone) -> None:  # noqa: B027 - an objective may fit any model
+    def check_classes(self, backbone: Backbone) -> None:  # noqa: B027 - an objective may fit any model
         """Raise a `ValueError` if the objective's classes are not the model's."""
+
+    def check_labels(self, classes: ClassNames) -> None:  # noqa: B027 - nor need it have names
+        """Raise a `ValueError` if labels that mean these classes are not labels of the objective's."""
 
     def check_base(self, losses: LossValues) -> None:  # noqa: B027 - it is a courtesy
         """Warn if the losses of the base model say that its inputs or labels are not what they should be."""
@@ -130,7 +134,7 @@ class Objective(ABC):
         """
         total: Any = 0.0
         with evaluation_mode(model) as (backbone, device):
-            self.check_model(backbone)
+            self.check_classes(backbone)
             classes = encoded_classes(backbone, self.prompt_tokens, self.prompt_batch_size, device)
             for batch, labels in self.batches():
                 inputs = {name: value.to(device) for name, value in named_inputs(batch).items()}

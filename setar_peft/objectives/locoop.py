@@ -110,12 +110,16 @@ class LoCoOpObjective(Objective):
         tokens = self._tokenizer(self.prompts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
         return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
 
-    def check_model(self, backbone: Backbone) -> None:
-        """Raise a `ValueError` if the model has classes of its own, and they are others or in another order."""
+    def check_labels(self, classes: ClassNames) -> None:
+        """Raise a `ValueError` if other inputs' labels mean other classes, or number them otherwise."""
+        classes.check_order_of(self._classes, "the objective")
+
+    def check_classes(self, backbone: Backbone) -> None:
+        """Raise a `ValueError` if a classifier's own classes are others, or in another order."""
         if not backbone.needs_prompts:
             own = ClassNames.of_model(getattr(backbone.model.config, "id2label", None))
             if own is not None:
-                self._classes.check_order_of(own)
+                self._classes.check_order_of(own, "the model")
 
     def check_base(self, losses: LossValues) -> None:
         """Warn if the base model classifies no better than by chance, up to two standard deviations of noise."""

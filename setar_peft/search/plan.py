@@ -95,7 +95,7 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
 def _backbone(model: nn.Module, objective: Any) -> Backbone | None:
     if isinstance(objective, Objective):
         backbone = backbone_of(model)
-        objective.check_model(backbone)
+        objective.check_classes(backbone)
         return backbone
     if not callable(objective):
         raise ValueError(

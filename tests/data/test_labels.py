@@ -147,9 +147,9 @@ def test_names_in_a_models_order() -> None:
         ClassNames.of(["Bag", "Trouser"]).in_order_of(model)
     with pytest.raises(ValueError, match="'Hat' fits none"):
         ClassNames.of(["Bag", "Trouser", "Hat"]).in_order_of(model)
-    ClassNames.of(["trouser", "ankle-boot", "bag"]).check_order_of(model)
-    with pytest.raises(ValueError, match=r"in the model's order.*class_names=model.config.id2label"):
-        ClassNames.of(["Bag", "Ankle boot", "Trouser"]).check_order_of(model)
+    ClassNames.of(["trouser", "ankle-boot", "bag"]).check_order_of(model, "the model")
+    with pytest.raises(ValueError, match=r"in its order.*class_names=model.config.id2label"):
+        ClassNames.of(["Bag", "Ankle boot", "Trouser"]).check_order_of(model, "the model")
     twins = ClassNames.of_model({0: "crane", 1: "tench", 2: "crane"})
     assert twins is not None
     assert ClassNames.of({"a": "crane", "b": "tench", "c": "crane"}).in_order_of(twins).keys == ("a", "b", "c")

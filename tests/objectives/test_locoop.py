@@ -129,7 +129,7 @@ def test_class_names_are_a_classifiers_own_in_its_order() -> None:
             lambda model, wrong=wrong: estimate_cost(model, wrong),
             lambda model, wrong=wrong: image_scores(model, wrong, wrong.images),
         ):
-            with pytest.raises(ValueError, match=r"in the model's order.*Trouser, Ankle boot, Bag\. Give class_names="):
+            with pytest.raises(ValueError, match=r"in its order.*Trouser, Ankle boot, Bag\. Give class_names="):
                 use(model)
     # Where a model has no names, the user's stand for its outputs.
     nameless = named_vit({index: f"LABEL_{index}" for index in range(3)})
