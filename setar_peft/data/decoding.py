@@ -34,6 +34,8 @@ def decoded(image: Any, channels: int) -> Image.Image:
         ValueError: If it is no such image, or its range of values is not known.
         OSError: If it cannot be read.
     """
+    if image is None:
+        raise ValueError("there is no image")
     if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
         image = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
     if isinstance(image, (str, Path, io.BytesIO)):

@@ -98,15 +98,13 @@ def _of_datasets(data: Any, kind: str, input_column: str | None, label_column: s
             "dataset.with_format(None)."
         )
     streamed = isinstance(data, datasets.IterableDataset)
-    if not streamed:
-        data = data.with_format(None)
+    data = data.with_format(None)
     features = data.features or {}
     first = None if features or not streamed else next(iter(data), None)
     columns = list(features or first or {})
-    types = {kind: datasets.Image, "label": datasets.ClassLabel} if kind == "image" else {"label": datasets.ClassLabel}
     typed = {
         wanted: [name for name, feature in features.items() if isinstance(feature, type_)]
-        for wanted, type_ in types.items()
+        for wanted, type_ in (("image", datasets.Image), ("label", datasets.ClassLabel))
     }
     given = {kind: input_column, **({"label": label_column} if labelled else {})}
     chosen = _columns(columns, given, typed)
@@ -155,11 +153,18 @@ def _of_torch(data: Any, kind: str, input_column: str | None, label_column: str 
                 "(input, label)."
             )
         return Rows(len(items), items.__getitem__)
-    labels = [_plain(items[number][chosen["label"]]) for number in range(len(items))] if labelled else None
+    labels = [_label(items, number, chosen["label"]) for number in range(len(items))] if labelled else None
     return Rows(len(items), lambda number: items[number][chosen[kind]], labels, _torch_names(data))
 
 
-def _plain(label: Any) -> Any:
+def _label(items: Any, number: int, column: Any) -> Any:
+    try:
+        label = items[number][column]
+    except Exception as error:
+        raise ValueError(
+            f"Item {number} (from 0) of {len(items)} in the data set cannot be read: {str(error) or repr(error)}. "
+            "Replace it, or take it away."
+        ) from error
     return label.item() if isinstance(label, (torch.Tensor, np.generic)) else label
 
 

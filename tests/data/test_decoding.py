@@ -119,7 +119,8 @@ def test_every_kind_of_image_is_turned_upright(tmp_path: Path, orientation: int)
         (np.zeros((3, 5, 3)), r"array of shape \(3, 5, 3\)"),
         (np.zeros(5), r"array of shape \(5,\)"),
         (RAMP * 1j, "array of complex128"),
-        (None, r"array of shape \(\)"),
+        (None, "there is no image"),
+        (3, r"array of shape \(\)"),
     ],
 )
 def test_what_is_not_known_is_refused(image: Any, piece: str) -> None:

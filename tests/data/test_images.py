@@ -123,6 +123,7 @@ def test_every_kind_of_source_gives_the_same_batches(processor: Any, pictures: l
         ImageSource(processor, [np.asarray(picture.convert("RGB")) for picture in pictures], LABELS, **settings),
         ImageSource(processor, table, **settings),
         ImageSource(processor, table.with_format("torch"), **settings),
+        ImageSource(processor, table["image"], table["label"], **settings),
         ImageSource(processor, renamed, image_column="photograph", label_column="kind", **settings),
         ImageSource(processor, table.to_iterable_dataset(), **settings),
         ImageSource(processor, iterable(pictures), **settings),
@@ -210,9 +211,18 @@ def test_data_sets_that_do_not_fit_get_a_sentence(processor: Any, pictures: list
     for pieces, dataset in cases.items():
         with pytest.raises(ValueError, match=pieces):
             ImageSource(processor, dataset, class_names=NAMES)
+    with pytest.raises(ValueError, match=r"Item 3 \(from 0\) of 6 in the data set cannot be read: damaged"):
+        ImageSource(processor, Damaged(pictures), class_names=NAMES)
     assert whole(ImageSource(processor, Unlabelled(pictures)))[1].tolist() == [-1] * 6
     with pytest.raises(ValueError, match="labels beside a folder: its subfolders are its classes"):
         ImageSource(processor, folder, LABELS, class_names=NAMES)
+
+
+class Damaged(Pairs):
+    def __getitem__(self, number: int) -> Any:
+        if number == 3:
+            raise OSError("damaged")
+        return super().__getitem__(number)
 
 
 class Unlabelled(Pairs):
