@@ -96,7 +96,12 @@ def class_names_of(
     # Of a classifier's names a mapping may hold those alone that differ from the folders'.
     given = None if classes is None else ClassNames.of(_read_json(classes), 2 if model is None else 1)
     if model is not None:
-        return model if given is None else given.in_order_of(model)
+        if given is None:
+            return model
+        ordered = given.in_order_of(model)
+        if given.keys is None and not given.is_in_order_of(model):
+            _warn(f"{classes} lists the model's classes in another order; they are numbered as the model numbers them")
+        return ordered
     if given is not None:
         return given
     if id2label is not None:
@@ -157,4 +162,4 @@ def _collect(folder: Path, above: tuple[str, ...], images: list[Path], left_out:
 
 
 def _warn(sentence: str) -> None:
-    warnings.warn(f"{sentence}.", UserWarning, stacklevel=4)
+    warnings.warn(f"{sentence}.", UserWarning, stacklevel=3)

@@ -130,6 +130,10 @@ class ClassNames:
         called = {index[name]: key for name, key in zip(self.names, self.keys, strict=True)}
         return ClassNames(model.names, tuple(called.get(number) for number in range(len(model))))
 
+    def is_in_order_of(self, other: ClassNames) -> bool:
+        """Whether these are the same classes as others, numbered alike."""
+        return list(map(_folded, self.names)) == list(map(_folded, other.names))
+
     def check_order_of(self, other: ClassNames, owner: str) -> None:
         """Refuse classes that are not another's, in the same order.
 
@@ -140,7 +144,7 @@ class ClassNames:
         Raises:
             ValueError: With both lists.
         """
-        if list(map(_folded, self.names)) != list(map(_folded, other.names)):
+        if not self.is_in_order_of(other):
             raise ValueError(_other_classes(self, other, owner))
 
 

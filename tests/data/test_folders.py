@@ -137,6 +137,12 @@ def test_class_names_come_from_a_file_the_model_or_the_subfolders(tmp_path: Path
     own = {0: "cat", 1: "Dog"}
     assert class_names_of(folder, None, own).names == ("cat", "Dog")
     assert class_names_of(folder, file, own).keys == ("y", "x")
+    file.write_text(json.dumps(["dog", "Cat"]))
+    with pytest.warns(
+        UserWarning, match=r"names\.json lists the model's classes in another order; they are numbered as"
+    ):
+        assert class_names_of(folder, file, own).names == ("cat", "Dog")
+    file.write_text(json.dumps({"x": "dog", "y": "cat"}))
     unnamed = {0: "LABEL_0", 1: "LABEL_1"}
     assert class_names_of(folder, file, unnamed).names == ("dog", "cat")
     with pytest.raises(ValueError, match=r"does not name its 2 classes \(LABEL_0, .*give --classes, a JSON list"):
