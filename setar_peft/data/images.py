@@ -64,14 +64,14 @@ class ImageSource:
         self.batch_size = checked_batch_size(batch_size)
         self.classes = classes = None if class_names is None else ClassNames.of(class_names)
         where = "The labels"
-        self._pixel_values: Tensor | None = None
+        self._images: Tensor | None = None
         if isinstance(dataset, Tensor):
             if dataset.dim() != 4 or not dataset.is_floating_point():
                 raise ValueError(
                     f"The tensor of images has shape {tuple(dataset.shape)} and dtype {dataset.dtype}; give processed "
                     "pixel values, (images, channels, height, width), in floating point."
                 )
-            self._pixel_values = dataset
+            self._images = dataset
             rows = Rows(len(dataset), dataset.__getitem__)
         elif isinstance(dataset, (str, Path)):
             if labels is not None:
@@ -84,7 +84,7 @@ class ImageSource:
         else:
             labelled = classes is not None and labels is None
             rows = rows_of(dataset, "image", image_column, label_column, labelled=labelled)
-        if self._pixel_values is None:
+        if self._images is None:
             self._image_processor = image_processor_of(processor)
             self._channels = processor_channels(self._image_processor)
             # What a processor is set to convert would become RGB again.
@@ -101,7 +101,7 @@ class ImageSource:
         self.labels, self.matched = class_indices(labels, label_names, rows.count, classes, where)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.labels)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixel values (b, channels, height, width), float32, and labels (b,) of all images, in order.
@@ -109,22 +109,23 @@ class ImageSource:
         Raises:
             ValueError: If an image cannot be read, with its path or number.
         """
-        parts = [self._numbers[start : start + self.batch_size] for start in range(0, len(self), self.batch_size)]
-        labels = [self.labels[start : start + self.batch_size] for start in range(0, len(self), self.batch_size)]
-        if self._pixel_values is not None:
-            for part, part_labels in zip(parts, labels, strict=True):
-                yield self._pixel_values[part.start : part.stop : part.step], part_labels
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(self), self.batch_size)]
+        if self._images is not None:
+            for part in parts:
+                yield self._images[part], self.labels[part]
             return
         # Closed here, and not whenever it is collected: its threads end with this loop, however that ends.
-        with closing(ahead(parts, self._fetched, self._processed)) as processed:
-            for images, part_labels in zip(processed, labels, strict=True):
-                yield self._stacked(images), part_labels
+        numbers = [self._numbers[part] for part in parts]
+        with closing(ahead(numbers, self._fetched, self._processed)) as processed:
+            for part, images in zip(parts, processed, strict=True):
+                yield self._stacked(images), self.labels[part]
 
     def shard(self, index: int, count: int) -> ImageSource:
         """Every `count`-th image from number `index` on; it may be empty."""
         part = copy.copy(self)
         part.labels = self.labels[index::count]
         part._numbers = self._numbers[index::count]
+        part._images = None if self._images is None else self._images[index::count]
         return part
 
     def _fetched(self, number: int) -> Any:
