@@ -41,7 +41,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
         "FOLDER": model_folder,
         "IMAGES": CASES / "images",
         "ADAPTER": str(tmp_path),
-        "class_names": read_json(CASES / "classes.json"),
+        "class_names": read_json(CASES / "folders.json"),
         "load_model": load_model,
         "load_processor": load_processor,
         "PeftModel": PeftModel,

@@ -113,7 +113,11 @@ def load_processor(name: str, model: Any) -> Any:
             return AutoProcessor.from_pretrained(name)
         except (OSError, ImportError, ValueError) as error:
             if model.config.model_type != "clip":
-                raise ValueError(f"{name} has no processor that works here ({str(error).splitlines()[0]})") from error
+                raise ValueError(
+                    f"{name} has no processor that works here ({str(error).splitlines()[0]}). How images are scaled is "
+                    "not to be guessed: save the one that the model was trained with beside it, such as "
+                    "ViTImageProcessor(...).save_pretrained(folder)."
+                ) from error
             tokenizer = AutoTokenizer.from_pretrained(name)
     side = model.config.vision_config.image_size
     try:

@@ -27,7 +27,9 @@ def demo(
     ] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(help="JSON list of class names, in the subfolders' order.", show_default="the subfolders' names"),
+        typer.Option(
+            help='JSON list of class names, or {"subfolder": "class name", ...}.', show_default="the subfolders' names"
+        ),
     ] = None,
     ood: Annotated[list[Path] | None, typer.Option(help="Folder of OOD images; may be given several times.")] = None,
     search_images_per_class: Annotated[

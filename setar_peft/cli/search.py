@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import torch
 import typer
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
@@ -18,8 +17,9 @@ from safetensors import SafetensorError
 
 from setar_peft import plots
 from setar_peft.backbones import Backbone, backbone_of
-from setar_peft.backbones.loading import load_model, load_processor, torch_device
+from setar_peft.backbones.loading import PRECISIONS, load_model, load_processor, precision, torch_device
 from setar_peft.data.folders import class_names_of
+from setar_peft.data.labels import matching_sentence
 from setar_peft.decomposition import PRUNE_STRATEGIES
 from setar_peft.objectives import LoCoOpObjective, PatchMetricObjective
 from setar_peft.objectives.locoop import TOP_K_SHARE
@@ -30,12 +30,6 @@ from setar_peft.search.run import search_rank_ratios
 from setar_peft.search.trace import SearchTrace, trace_to_continue
 from setar_peft.tuner.config import CRITERIA, DEFAULT_CANDIDATES, ORDERS, SeTARConfig
 
-_DTYPES = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _METRICS = get_args(PatchMetric)
 _CANDIDATES = ",".join(f"{ratio:g}" for ratio in DEFAULT_CANDIDATES)
 _OBJECTIVE = inspect.signature(LoCoOpObjective).parameters
@@ -61,7 +55,10 @@ def search(
     ),
     classes: Annotated[
         Path | None,
-        typer.Option(help="JSON list of class names, in the subfolders' order.", show_default="the subfolders' names"),
+        typer.Option(
+            help='JSON list of class names, or {"subfolder": "class name", ...}.',
+            show_default="the classifier's own, or the subfolders' names",
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -95,7 +92,7 @@ def search(
     dtype: Annotated[
         str,
         typer.Option(
-            help=f"{', '.join(_DTYPES)}. float32 is exact and slow on GPUs: bfloat16 is recommended there; tf32 is "
+            help=f"{', '.join(PRECISIONS)}. float32 is exact and slow on GPUs: bfloat16 is recommended there; tf32 is "
             "float32 whose products a GPU rounds."
         ),
     ] = "float32",
@@ -109,57 +106,60 @@ def search(
 
     Under `accelerate launch` or torchrun the first process speaks and writes.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}; give one of {', '.join(_DTYPES)}.")
     if criterion not in (*CRITERIA, *_METRICS):
         raise ValueError(f"--criterion is {criterion!r}; give one of {', '.join((*CRITERIA, *_METRICS))}.")
     trace_path = output / "trace.json"
     if not dry_run:
         _check_output(trace_path, resume=resume, overwrite=overwrite)
-    names = class_names_of(images, classes)
     where = torch_device(own_device(device))
     if dtype == "tf32" and where.type != "cuda":
         raise ValueError(f"--dtype tf32 is how CUDA GPUs multiply, and the device is {where}; give float32.")
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    base = load_model(model, dtype=_DTYPES[dtype]).to(where)
-    is_metric = criterion in _METRICS
-    settings: dict[str, Any] = {"metric": criterion} if is_metric else {}
-    objective = (PatchMetricObjective if is_metric else LoCoOpObjective)(
-        load_processor(model, base),
-        names,
-        images,
-        ood_weight=ood_weight,
-        top_k=top_k,
-        prompt=prompt,
-        batch_size=batch_size,
-        **settings,
-    )
-    backbone = backbone_of(base)
-    config = SeTARConfig(
-        target_modules=None if weights is None else _modules(backbone, _parts(weights)),
-        candidate_ratios=_numbers(candidates),
-        order=_parts(order) if "." in order or "," in order else order,
-        passes=passes,
-        prune=prune,
-        criterion="total" if is_metric else criterion,
-        recording_memory=recording_memory,
-    )
-    is_first = Processes(where).is_first
-    if is_first:
-        typer.echo(estimate_cost(base, objective, config).table())
-    if dry_run:
-        return
-    try:
-        result = search_rank_ratios(base, objective, config, trace_path=trace_path, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        if is_first and trace_path.exists():
-            steps = len(SearchTrace.load(trace_path).rows)
-            typer.echo(
-                f"Stopped after {steps} layers, which are in {trace_path}. To go on with the next, give the same "
-                "command with --resume (and without --overwrite).",
-                err=True,
+    with precision(dtype) as weights_dtype:
+        base = load_model(model, dtype=weights_dtype).to(where)
+        backbone = backbone_of(base)
+        names = class_names_of(images, classes, None if backbone.needs_prompts else base.config.id2label)
+        is_metric = criterion in _METRICS
+        settings: dict[str, Any] = {"metric": criterion} if is_metric else {}
+        objective = (PatchMetricObjective if is_metric else LoCoOpObjective)(
+            load_processor(model, base),
+            names,
+            images,
+            ood_weight=ood_weight,
+            top_k=top_k,
+            prompt=prompt,
+            batch_size=batch_size,
+            **settings,
+        )
+        config = SeTARConfig(
+            target_modules=None if weights is None else _modules(backbone, _parts(weights)),
+            candidate_ratios=_numbers(candidates),
+            order=_parts(order) if "." in order or "," in order else order,
+            passes=passes,
+            prune=prune,
+            criterion="total" if is_metric else criterion,
+            recording_memory=recording_memory,
+        )
+        is_first = Processes(where).is_first
+        if is_first:
+            matching = matching_sentence(objective.images.matched)
+            if matching is not None:
+                typer.echo(matching)
+            typer.echo(estimate_cost(base, objective, config).table())
+        if dry_run:
+            return
+        try:
+            result = search_rank_ratios(
+                base, objective, config, trace_path=trace_path, resume=resume, overwrite=overwrite
             )
-        raise typer.Exit(128 + signal.SIGINT) from None
+        except KeyboardInterrupt:
+            if is_first and trace_path.exists():
+                steps = len(SearchTrace.load(trace_path).rows)
+                typer.echo(
+                    f"Stopped after {steps} layers, which are in {trace_path}. To go on with the next, give the same "
+                    "command with --resume (and without --overwrite).",
+                    err=True,
+                )
+            raise typer.Exit(128 + signal.SIGINT) from None
     if not is_first:
         return
     _save(get_peft_model(base, result.config), output)

@@ -1,80 +1,165 @@
-"""Folders of images: which files are images, and which class a subfolder is."""
+"""Folders of images: which files are images, and which class folder each lies in."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import datasets
+from setar_peft.data.labels import ClassNames, in_natural_order
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
+# Files that lie beside images and are none; whatever else is left out is said.
+_NO_IMAGES = frozenset(
+    {"", ".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".ini", ".log", ".db"}
+)
 
 
-def read_folder(folder: str | Path, class_names: Sequence[str] | None = None) -> datasets.Dataset:
-    """The images in a folder, in sorted order.
+class FolderImages(NamedTuple):
+    """The images in a folder.
+
+    Attributes:
+        paths: Their files, in sorted order.
+        labels: Name of the class folder that each lies in; None where classes are not asked for.
+    """
+
+    paths: list[Path]
+    labels: list[str] | None
+
+    def of(self, numbers: Iterable[int]) -> FolderImages:
+        """Some of the images, by their numbers."""
+        chosen = list(numbers)
+        labels = None if self.labels is None else [self.labels[number] for number in chosen]
+        return FolderImages([self.paths[number] for number in chosen], labels)
+
+
+def read_folder(folder: str | Path, *, labelled: bool) -> FolderImages:
+    """The images in a folder: anywhere below it, or one subfolder a class.
+
+    Hidden files and folders and `__MACOSX` are passed over. Warns of everything else that is left out and might be
+    an image.
 
     Args:
-        folder: Without `class_names`, images anywhere below it. With them, one subfolder a class: a subfolder that is
-            named after a class is that class; if none is, the sorted subfolders are the classes in order.
-        class_names: Names of the classes.
-
-    Returns:
-        A data set with the columns "image" and, with `class_names`, "label".
+        folder: The folder.
+        labelled: Whether each subfolder is a class.
 
     Raises:
-        ValueError: If the folder does not exist, holds no images, or its subfolders do not fit the classes.
+        ValueError: If the folder does not exist, holds no images, or a class folder holds none.
     """
     root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{root} is no folder; give the folder that holds the images.")
-    if class_names is None:
-        paths = _image_files(root)
-        columns: dict[str, Any] = {"image": [str(path) for path in paths]}
-        features = datasets.Features({"image": datasets.Image()})
-    else:
-        subfolders = sorted(path for path in root.iterdir() if path.is_dir())
-        index = _class_of(subfolders, class_names, root)
-        labelled = [(str(path), index[sub.name]) for sub in subfolders for path in _image_files(sub)]
-        columns = {"image": [path for path, _ in labelled], "label": [label for _, label in labelled]}
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    if not columns["image"]:
-        raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    return datasets.Dataset.from_dict(columns, features=features)
+    if not labelled:
+        paths = _images_below(root, [root])
+        if not paths:
+            raise ValueError(f"{root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+        return FolderImages(paths, None)
+    subfolders = {path.name: path for path in sorted(_entries(root)) if path.is_dir()}
+    if not subfolders:
+        raise ValueError(f"{root} has no class folders; give the folder that has one subfolder of images a class.")
+    paths = _images_below(root, subfolders.values())
+    labels = [path.relative_to(root).parts[0] for path in paths]
+    empty = [name for name in subfolders if name not in set(labels)]
+    if empty:
+        raise ValueError(
+            f"{root}: the class folders {', '.join(in_natural_order(empty))} hold no images "
+            f"({', '.join(sorted(IMAGE_SUFFIXES))}). Fill them, or take them away."
+        )
+    loose = [path.name for path in sorted(_entries(root)) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    if loose:
+        _warn(f"{len(loose)} images in {root} lie in no class folder and are left out: {', '.join(loose[:4])}")
+    return FolderImages(paths, labels)
 
 
-def class_names_of(images: Path, classes: str | Path | None) -> list[str]:
-    """Names of the classes: those in a JSON file, or those of the subfolders, sorted.
+def class_names_of(
+    images: str | Path, classes: str | Path | None, id2label: Mapping[int, str] | None = None
+) -> ClassNames:
+    """The classes of a folder with one subfolder a class, by a file, the model or the subfolders.
+
+    Args:
+        images: The folder.
+        classes: JSON file with a list of class names in the labels' order, or a mapping from subfolder to class name,
+            for a classifier of those subfolders alone that do not have the class's name.
+        id2label: A classifier's `config.id2label`; its numbering is the one that counts. None where classes are given
+            by prompts.
+
+    Returns:
+        The classes, in the classifier's order if it names them; else as the file has them; else one for each
+        subfolder, sorted, numbers as numbers.
 
     Raises:
-        ValueError: If the folder does not exist, or the file holds no list of names.
+        ValueError: If the folder or file cannot be read, or the names are not the classifier's.
     """
-    if classes is None:
-        if not images.is_dir():
-            raise ValueError(f"{images} is no folder; give the folder that has one subfolder of images a class.")
-        return sorted(path.name for path in images.iterdir() if path.is_dir())
+    model = ClassNames.of_model(id2label)
+    # Of a classifier's names a mapping may hold those alone that differ from the folders'.
+    given = None if classes is None else ClassNames.of(_read_json(classes), 2 if model is None else 1)
+    if model is not None:
+        if given is None:
+            return model
+        ordered = given.in_order_of(model)
+        if given.keys is None and not given.is_in_order_of(model):
+            _warn(f"{classes} lists the model's classes in another order; they are numbered as the model numbers them")
+        return ordered
+    if given is not None:
+        return given
+    if id2label is not None:
+        raise ValueError(
+            f"The model does not name its {len(id2label)} classes ({', '.join(list(id2label.values())[:2])}, ...), so "
+            f"the folders of {images} cannot be matched with them; give --classes, a JSON list of the folders' names "
+            "in the order of the model's outputs."
+        )
+    root = Path(images)
+    return ClassNames.of(in_natural_order(path.name for path in _entries(root) if path.is_dir()))
+
+
+def _read_json(file: str | Path) -> Any:
     try:
-        names = json.loads(Path(classes).read_text(encoding="utf-8"))
+        names = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{classes} cannot be read as JSON ({error}); give a list of class names.") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{classes} holds no list of names; write for example ["cat", "dog"].')
+        raise ValueError(f"{file} cannot be read as JSON ({error}); give a list of class names.") from error
+    values = list(names.values()) if isinstance(names, dict) else names
+    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
+        raise ValueError(
+            f'{file} holds no list of names; write for example ["cat", "dog"], or {{"folder": "class name", ...}}.'
+        )
     return names
 
 
-def _class_of(subfolders: Sequence[Path], class_names: Sequence[str], root: Path) -> dict[str, int]:
-    names = [path.name for path in subfolders]
-    if set(names) <= set(class_names):
-        return {name: list(class_names).index(name) for name in names}
-    if len(names) != len(class_names) or set(names) & set(class_names):
-        strangers = [name for name in names if name not in class_names]
-        raise ValueError(
-            f"{root} has {len(names)} subfolders for {len(class_names)} classes; {', '.join(strangers[:4])} "
-            "fit no class name. Name each subfolder after its class, or have as many as classes, in sorted order."
-        )
-    return {name: index for index, name in enumerate(names)}
+def _entries(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; give the folder that has one subfolder of images a class.")
+    return [path for path in folder.iterdir() if not path.name.startswith(".") and path.name != "__MACOSX"]
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def _images_below(root: Path, folders: Iterable[Path]) -> list[Path]:
+    """Every image below some folders, sorted; what is left out is said."""
+    images: list[Path] = []
+    left_out: list[Path] = []
+    for folder in folders:
+        _collect(folder, (), images, left_out)
+    if left_out:
+        kinds = Counter("folder that is a loop" if path.is_dir() else path.suffix.lower() for path in left_out)
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        _warn(f"In {root} some files are not read as images and are left out: {counts} (the first is {min(left_out)})")
+    return sorted(images)
+
+
+def _collect(folder: Path, above: tuple[str, ...], images: list[Path], left_out: list[Path]) -> None:
+    """The images in a folder, links followed; a link to a folder that it lies in would go round for ever."""
+    here = os.path.realpath(folder)
+    if here in above:
+        left_out.append(folder)
+        return
+    for path in _entries(folder):
+        if path.is_dir():
+            _collect(path, (*above, here), images, left_out)
+        elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            images.append(path)
+        elif path.suffix.lower() not in _NO_IMAGES:
+            left_out.append(path)
+
+
+def _warn(sentence: str) -> None:
+    warnings.warn(f"{sentence}.", UserWarning, stacklevel=3)

@@ -3,104 +3,176 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from PIL import Image
 from torch import Tensor
 
+from setar_peft.data.decoding import ahead, decoded, name_of, processor_channels
 from setar_peft.data.folders import read_folder
-from setar_peft.data.labels import checked_labels
+from setar_peft.data.labels import ClassNames, class_indices
+from setar_peft.data.rows import Rows, rows_of
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class ImageSource:
-    """A set of images, labelled or not, in a fixed order.
+    """A set of images, labelled or not, in a fixed order; decoded when they are used, in threads and a batch ahead.
 
     Args:
-        processor: A processor with an image processor in it, or an image processor. Not used for pixel values.
-        dataset: A `datasets.Dataset`, a folder (with one subfolder a class where labels are wanted), a tensor of
-            pixel values (images, channels, height, width), or a sequence of PIL images or arrays.
-        labels: (images,) class indices, for tensors and sequences.
-        class_names: Names of the classes; None for images without labels, such as an OOD set.
+        processor: A processor with an image processor in it, or an image processor; images become grey if it takes one
+            channel. Not used for pixel values.
+        dataset: A folder (with one subfolder a class where labels are wanted), a `datasets.Dataset`, a streamed one
+            (read once, to its end, and kept encoded), a `torch.utils.data.Dataset` of (image, label), a tensor of pixel
+            values (images, channels, height, width), or a sequence of paths, PIL images or arrays.
+        labels: (images,) class indices or class names, for tensors and sequences.
+        class_names: Names of the classes in the labels' order, or a mapping from what the data call them to their
+            names; None for images without labels, such as an OOD set. Names that the data have (class folders, a
+            `ClassLabel`, labels that are strings, torchvision's `classes`) are matched with them by name.
         batch_size: Images a batch.
         image_column: Name of the data set's image column; by default the one of image type.
         label_column: Name of the data set's label column; by default the one of class-label type, or "label".
 
+    Attributes:
+        labels: (images,) class indices, -1 without classes.
+        classes: The classes that the labels mean; None without.
+        matched: What the data call each class -> its class name; empty where the data have no names. Nothing is printed
+            here: names that differ in case, spaces, underscores and hyphens alone are one name if they are unambiguous.
+        batch_size: Images a batch.
+
     Raises:
-        ValueError: If there are no images, or labels are missing, wrong in number, or outside the classes.
+        ValueError: If there are no images, or labels are missing, wrong in number, outside the classes, or do not
+            match them by name.
     """
 
     def __init__(
         self,
         processor: Any,
-        dataset: datasets.Dataset | str | Path | Tensor | Sequence[Any],
-        labels: Tensor | Sequence[int] | None = None,
+        dataset: datasets.Dataset | datasets.IterableDataset | str | Path | Tensor | Sequence[Any] | Any,
+        labels: Tensor | Sequence[int] | Sequence[str] | None = None,
         *,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[Any, str] | ClassNames | None = None,
         batch_size: int = 64,
         image_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; give an integer of 1 or more.")
-        self.batch_size = batch_size
-        if isinstance(dataset, (str, Path)):
-            dataset = read_folder(dataset, class_names)
-        self._images: Any = dataset
+        self.batch_size = checked_batch_size(batch_size)
+        self.classes = classes = None if class_names is None else ClassNames.of(class_names)
+        where = "The labels"
+        self._images: Tensor | None = None
         if isinstance(dataset, Tensor):
             if dataset.dim() != 4 or not dataset.is_floating_point():
                 raise ValueError(
                     f"The tensor of images has shape {tuple(dataset.shape)} and dtype {dataset.dtype}; give processed "
                     "pixel values, (images, channels, height, width), in floating point."
                 )
+            self._images = dataset
+            rows = Rows(len(dataset), dataset.__getitem__)
+        elif isinstance(dataset, (str, Path)):
+            if labels is not None:
+                raise ValueError(
+                    "labels beside a folder: its subfolders are its classes. Give a list of paths instead."
+                )
+            files = read_folder(dataset, labelled=classes is not None)
+            rows = Rows(len(files.paths), files.paths.__getitem__, files.labels)
+            where = f"The folders of {dataset}"
         else:
-            self._image_processor = _image_processor(processor)
-        if isinstance(dataset, datasets.Dataset):
-            image_column = image_column or _column(dataset, datasets.Image, ("image", "img"))
-            self._images = dataset.select_columns([image_column])
-            if class_names is not None and labels is None:
-                labels = dataset[label_column or _column(dataset, datasets.ClassLabel, ("label", "labels"))]
-        self._image_column = image_column
-        if len(self._images) == 0:
+            labelled = classes is not None and labels is None
+            rows = rows_of(dataset, "image", image_column, label_column, labelled=labelled)
+        if self._images is None:
+            self._image_processor = image_processor_of(processor)
+            self._channels = processor_channels(self._image_processor)
+            # What a processor is set to convert would become RGB again.
+            converts = self._channels == 1 and getattr(self._image_processor, "do_convert_rgb", False)
+            self._settings: dict[str, Any] = {"do_convert_rgb": False} if converts else {}
+        if not rows.count:
             raise ValueError("There are no images in the data set; give at least one.")
-        self.labels = checked_labels(labels, len(self._images), class_names)
+        self._image = rows.input
+        self._numbers = range(rows.count)
+        if labels is None:
+            labels, label_names = rows.labels, rows.label_names
+        else:
+            label_names = None
+        self.labels, self.matched = class_indices(labels, label_names, rows.count, classes, where)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.labels)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixel values (b, channels, height, width), float32, and labels (b,) of all images, in order."""
-        for start in range(0, len(self), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self._pixel_values(part), self.labels[part]
+        """Pixel values (b, channels, height, width), float32, and labels (b,) of all images, in order.
+
+        Raises:
+            ValueError: If an image cannot be read, with its path or number.
+        """
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(self), self.batch_size)]
+        if self._images is not None:
+            for part in parts:
+                yield self._images[part], self.labels[part]
+            return
+        # Closed here, and not whenever it is collected: its threads end with this loop, however that ends.
+        numbers = [self._numbers[part] for part in parts]
+        with closing(ahead(numbers, self._fetched, self._processed)) as processed:
+            for part, images in zip(parts, processed, strict=True):
+                yield self._stacked(images), self.labels[part]
 
     def shard(self, index: int, count: int) -> ImageSource:
         """Every `count`-th image from number `index` on; it may be empty."""
         part = copy.copy(self)
         part.labels = self.labels[index::count]
-        if isinstance(self._images, datasets.Dataset):
-            part._images = self._images.select(range(index, len(self), count))
-        else:
-            part._images = self._images[index::count]
+        part._numbers = self._numbers[index::count]
+        part._images = None if self._images is None else self._images[index::count]
         return part
 
-    def _pixel_values(self, part: slice) -> Tensor:
-        images = self._images[part]
-        if isinstance(images, Tensor):
-            return images
-        if self._image_column is not None:
-            images = images[self._image_column]
-        images = [image.convert("RGB") if isinstance(image, Image.Image) else image for image in images]
-        pixel_values = self._image_processor(images, return_tensors="pt")["pixel_values"]
-        return torch.as_tensor(pixel_values)
+    def _fetched(self, number: int) -> Any:
+        image = None
+        try:
+            image = self._image(number)
+            if isinstance(image, Image.Image):
+                # Two threads cannot read one picture that is opened and not yet read, and it may be there twice.
+                image.load()
+        except Exception as error:
+            raise self._unreadable(number, name_of(image), error) from error
+        return image
+
+    def _processed(self, number: int, image: Any) -> Tensor:
+        try:
+            picture = decoded(image, self._channels)
+            processed = self._image_processor(picture, return_tensors="pt", **self._settings)
+            return torch.as_tensor(processed["pixel_values"])
+        except Exception as error:
+            raise self._unreadable(number, name_of(image), error) from error
+
+    def _stacked(self, images: Sequence[Tensor]) -> Tensor:
+        shapes = {tuple(image.shape[1:]) for image in images}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The image processor gives images of different shapes, {' and '.join(map(str, sorted(shapes)))}; set "
+                "its do_resize or do_center_crop, so that they fit in one batch."
+            )
+        return torch.cat(list(images))
+
+    def _unreadable(self, number: int, name: str | None, error: Exception) -> ValueError:
+        read = self._numbers.index(number)
+        which = f"Image {number} (from 0)" if name is None else name
+        return ValueError(
+            f"{which} cannot be read: {str(error) or type(error).__name__}. {read} of {len(self)} images come before "
+            "it. Replace it, or take it away."
+        )
 
 
-def _image_processor(processor: Any) -> Any:
+def image_processor_of(processor: Any) -> Any:
+    """The image processor in a processor, or the one that it is.
+
+    Raises:
+        ValueError: If there is none.
+    """
     image_processor = getattr(processor, "image_processor", processor)
-    if not callable(image_processor) or not hasattr(image_processor, "preprocess"):
+    if not processes_images(processor):
         raise ValueError(
             f"processor is a {type(processor).__name__}, which cannot process images. Give the model's processor, or "
             "pixel values as a tensor."
@@ -108,13 +180,18 @@ def _image_processor(processor: Any) -> Any:
     return image_processor
 
 
-def _column(dataset: datasets.Dataset, feature: type, usual: Sequence[str]) -> str:
-    typed = [name for name, kind in dataset.features.items() if isinstance(kind, feature)]
-    candidates = typed if len(typed) == 1 else [name for name in usual if name in dataset.column_names]
-    if not candidates:
-        kind = "image" if feature is datasets.Image else "label"
-        raise ValueError(
-            f"The data set has the columns {', '.join(dataset.column_names)}; say with {kind}_column which holds the "
-            f"{kind}s."
-        )
-    return candidates[0]
+def processes_images(processor: Any) -> bool:
+    """Whether it is an image processor, or has one."""
+    image_processor = getattr(processor, "image_processor", processor)
+    return callable(image_processor) and hasattr(image_processor, "preprocess")
+
+
+def checked_batch_size(batch_size: int) -> int:
+    """A batch size as it is.
+
+    Raises:
+        ValueError: If it is no integer of 1 or more.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; give an integer of 1 or more.")
+    return batch_size

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 from torch import Tensor
 
-from setar_peft.data.labels import checked_labels
+from setar_peft.data.images import checked_batch_size
+from setar_peft.data.labels import ClassNames, class_indices
+from setar_peft.data.rows import check_is_one_set, rows_of
+
+if TYPE_CHECKING:
+    import datasets
 
 
 class NamedInputs:
@@ -17,13 +21,21 @@ class NamedInputs:
 
     Args:
         tokenizer: The model's tokenizer, or a processor with one in it. Not used for processed inputs.
-        data: Texts, a `datasets.Dataset` with a column of them, or a mapping from the model's input names to tensors
-            with one row an input.
-        labels: One class index an input; a data set has them in its label column.
-        class_names: Names of the classes.
+        data: Texts, a `datasets.Dataset` with a column of them, a streamed one (read once, to its end), a
+            `torch.utils.data.Dataset` of (text, label), or a mapping from the model's input names to tensors with one
+            row an input.
+        labels: One class index or class name an input; a data set has them in its label column.
+        class_names: Names of the classes in the labels' order, or a mapping from what the data call them to their
+            names. Names that the data have (a `ClassLabel`, labels that are strings) are matched with them by name.
         batch_size: Inputs a batch. Texts are padded to the longest of their batch.
         text_column: Name of the data set's text column.
         label_column: Name of the data set's label column.
+
+    Attributes:
+        labels: (inputs,) class indices.
+        classes: The classes that the labels mean.
+        matched: What the data call each class -> its class name; empty where the data have no names.
+        batch_size: Inputs a batch.
 
     Raises:
         ValueError: If there are no inputs, tensors of unequal length, no tokenizer for texts, or wrong labels.
@@ -32,17 +44,17 @@ class NamedInputs:
     def __init__(
         self,
         tokenizer: Any,
-        data: Sequence[str] | datasets.Dataset | Mapping[str, Tensor],
-        labels: Tensor | Sequence[int] | None = None,
+        data: Sequence[str] | datasets.Dataset | datasets.IterableDataset | Mapping[str, Tensor] | Any,
+        labels: Tensor | Sequence[int] | Sequence[str] | None = None,
         *,
-        class_names: Sequence[str],
+        class_names: Sequence[str] | Mapping[Any, str] | ClassNames,
         batch_size: int = 64,
         text_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; give an integer of 1 or more.")
-        self.batch_size = batch_size
+        self.batch_size = checked_batch_size(batch_size)
+        check_is_one_set(data)
+        label_names = None
         self._tensors: Mapping[str, Tensor] | None = None
         self._texts: list[str] = []
         if isinstance(data, Mapping):
@@ -55,20 +67,19 @@ class NamedInputs:
             self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
             if not callable(self._tokenizer):
                 raise ValueError(f"Texts need the model's tokenizer; processor is {tokenizer!r}.")
-            if isinstance(data, datasets.Dataset):
-                wanted = [text_column or "text", *([label_column or "label"] if labels is None else [])]
-                missing = [name for name in wanted if name not in data.column_names]
-                if missing:
-                    raise ValueError(
-                        f"The data set has the columns {', '.join(data.column_names)}, but no {', '.join(missing)}; "
-                        "say with text_column and label_column which hold the texts and the labels."
-                    )
-                labels = data[wanted[1]] if labels is None else labels
-                data = data[wanted[0]]
-            self._texts, self._length = list(data), len(data)
+            rows = rows_of(data, "text", text_column, label_column, labelled=labels is None)
+            if labels is None:
+                labels, label_names = rows.labels, rows.label_names
+            self._texts, self._length = [rows.input(number) for number in range(rows.count)], rows.count
+            strange = [number for number, text in enumerate(self._texts) if not isinstance(text, str)]
+            if strange:
+                raise ValueError(
+                    f"Text {strange[0]} (from 0) is {self._texts[strange[0]]!r:.80}, which is no text; leave it out."
+                )
         if not self._length:
             raise ValueError("There are no inputs; give at least one.")
-        self.labels = checked_labels(labels, self._length, class_names)
+        self.classes = ClassNames.of(class_names)
+        self.labels, self.matched = class_indices(labels, label_names, self._length, self.classes)
 
     def __len__(self) -> int:
         return self._length

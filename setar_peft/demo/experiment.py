@@ -13,6 +13,7 @@ import numpy as np
 from setar_peft.backbones.loading import load_model, load_processor, torch_device
 from setar_peft.data.folders import class_names_of, read_folder
 from setar_peft.data.images import ImageSource
+from setar_peft.data.labels import ClassNames, class_indices
 from setar_peft.demo import digits
 from setar_peft.demo.pictures import noise, photograph_crops
 from setar_peft.demo.tiny_clip import STEPS
@@ -87,7 +88,7 @@ def digits_experiment(
         folder,
         model.to(device),
         processor,
-        data.class_names,
+        ClassNames.of(data.class_names),
         data.search,
         data.test,
         data.ood,
@@ -110,8 +111,8 @@ def folder_experiment(
         model: Folder or Hub name of a CLIP.
         images: Folder with one subfolder of images a class.
         settings: Settings of the run.
-        classes: JSON file with a list of class names, in the sorted order of the subfolders or equal to their names;
-            by default the subfolders' names are the classes'.
+        classes: JSON file with a list of class names, which the subfolders match by name, or a mapping from subfolder
+            to class name; by default the subfolders' names are the classes'.
         ood: Folders of OOD images; photograph crops and noise of the model's size are always added.
         search_images_per_class: Images of each class that the search gets; the others are for testing. By default
             about 100 in all, and at most half of the smallest class.
@@ -122,9 +123,10 @@ def folder_experiment(
     """
     device = torch_device(settings.device)
     names = class_names_of(Path(images), classes)
-    labelled = read_folder(images, names)
-    search, test = split_by_class(np.asarray(labelled["label"]), names, search_images_per_class)
-    sets: dict[str, Any] = {Path(folder).name or str(folder): read_folder(folder) for folder in ood}
+    files = read_folder(images, labelled=True)
+    labels, _ = class_indices(files.labels, None, len(files.paths), names, f"The folders of {images}")
+    search, test = split_by_class(labels.numpy(), names.names, search_images_per_class)
+    sets: dict[str, Any] = {Path(folder).name or str(folder): folder for folder in ood}
     if len(sets) < len(ood):
         raise ValueError(f"Two of the OOD folders have one name: {', '.join(map(str, ood))}. Rename one of them.")
     clip, processor = load_clip(model)
@@ -137,8 +139,8 @@ def folder_experiment(
         clip.to(device),
         processor,
         names,
-        (labelled.select(search), None),
-        (labelled.select(test), None),
+        files.of(search),
+        files.of(test),
         sets,
         settings,
     )
@@ -149,9 +151,9 @@ def _experiment(
     base: str | Path,
     model: Any,
     processor: Any,
-    class_names: list[str],
-    search: tuple[Any, list[int] | None],
-    test: tuple[Any, list[int] | None],
+    class_names: ClassNames,
+    search: tuple[Any, Any],
+    test: tuple[Any, Any],
     ood: Mapping[str, Any],
     settings: Settings,
 ) -> Experiment:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from setar_peft.data.labels import matching_sentence
 from setar_peft.decomposition import kept_rank, residual_rank
 from setar_peft.demo.experiment import Experiment
 from setar_peft.detection.evaluation import Evaluation
@@ -32,9 +33,13 @@ def print_inputs(console: Console, experiment: Experiment) -> None:
     console.print(f"[bold]SeTAR on {escape(experiment.title)}[/]")
     console.print(
         f"{len(objective)} images for the search, {len(experiment.test)} for testing; OOD: {escape(sets)}. "
-        f"OOD weight {objective.ood_weight:g}, top K {objective.top_k} of {len(objective.class_names)} classes.\n",
+        f"OOD weight {objective.ood_weight:g}, top K {objective.top_k} of {len(objective.class_names)} classes.",
         highlight=False,
     )
+    matching = matching_sentence(objective.images.matched)
+    if matching is not None:
+        console.print(escape(matching), highlight=False)
+    console.print()
 
 
 def print_trace(console: Console, trace: SearchTrace, seconds: float) -> None:

@@ -200,6 +200,8 @@ def evaluate(
         name: images if isinstance(images, (ImageSource, NamedInputs)) else ImageSource(processor, images)
         for name, images in ood_images.items()
     }
+    if id_images.classes is not None:
+        objective.check_labels(id_images.classes)
     known = image_scores(model, objective, id_images, scores=scores)
     unknown = {name: image_scores(model, objective, source, scores=scores) for name, source in sources.items()}
     rows = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of
 from setar_peft.backbones.untouched import left_as_it_was
+from setar_peft.data.labels import ClassNames
 from setar_peft.objectives.loss import LossSums, LossValues
 
 
@@ -67,6 +68,7 @@ class Objective(ABC):
         Args:
             backbone: Of the model, `backbone_of(model)`.
         """
+        self.check_classes(backbone)
         text = None
         if backbone.needs_prompts:
             text = backbone.text_features(self.class_tokens(backbone), self.prompt_batch_size)
@@ -79,6 +81,15 @@ class Objective(ABC):
     @abstractmethod
     def values(self, sums: Tensor) -> LossValues:
         """The loss and its parts from the sums over all images."""
+
+    def check_classes(self, backbone: Backbone) -> None:  # noqa: B027 - an objective may fit any model
+        """Raise a `ValueError` if the objective's classes are not the model's."""
+
+    def check_labels(self, classes: ClassNames) -> None:  # noqa: B027 - nor need it have names
+        """Raise a `ValueError` if labels that mean these classes are not labels of the objective's."""
+
+    def check_base(self, losses: LossValues) -> None:  # noqa: B027 - it is a courtesy
+        """Warn if the losses of the base model say that its inputs or labels are not what they should be."""
 
     def settings(self) -> dict[str, Any]:
         """What a resumed search has to have in common with the one it continues, as plain values."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures
-from setar_peft.data.images import ImageSource
+from setar_peft.data.images import ImageSource, processes_images
+from setar_peft.data.labels import ClassNames
 from setar_peft.data.texts import NamedInputs
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues, locoop_sums, locoop_values
@@ -30,13 +32,15 @@ class LoCoOpObjective(Objective):
     Args:
         processor: The model's processor. Where nothing is left for it to do, less is enough: the tokenizer if `dataset`
             holds pixel values already, the image processor for a classifier, which needs no prompts, or None for both.
-        class_names: Names of the in-distribution classes, in the order of the labels; or a classifier's
-            `config.id2label`.
-        dataset: Images: a `datasets.Dataset`, a folder with one subfolder a class, a tensor of pixel values
-            (images, channels, height, width), or a sequence of PIL images. Texts: a sequence of strings, or a
-            `datasets.Dataset` with `text_column`. Either: a mapping from the model's input names to tensors.
-        labels: (images,) class indices; needed for tensors, sequences and mappings. A data set has them in its label
-            column, a folder in its subfolders: by name where they are named after the classes, else in sorted order.
+        class_names: Names of the in-distribution classes, in the order of the labels; a classifier's
+            `config.id2label`; or a mapping from what the data call a class (a folder, say) to its name. Names that the
+            data have are matched with them by name, never by position.
+        dataset: Images: a folder with one subfolder a class, a `datasets.Dataset`, a `torch.utils.data.Dataset`, a
+            tensor of pixel values (images, channels, height, width), or a sequence of paths or PIL images (see
+            `ImageSource`). Texts: a sequence of strings where the processor is a tokenizer, or a data set with
+            `text_column`. Either: a mapping from the model's input names to tensors.
+        labels: (images,) class indices or class names; needed for tensors, sequences and mappings. A data set has them
+            in its label column, a folder in its subfolders.
         ood_weight: lambda, the weight of the OOD loss (paper, Table 10: 0.1 for ImageNet with CLIP-base).
         top_k: K: a patch is OOD if its true class is not among its K likeliest (paper, Table 10: 300 for ImageNet); by
             default 30 % of the classes, rounded, at least 1.
@@ -54,9 +58,9 @@ class LoCoOpObjective(Objective):
     def __init__(
         self,
         processor: Any,
-        class_names: Sequence[str] | Mapping[int, str],
-        dataset: datasets.Dataset | str | Path | Tensor | Sequence[Any] | Mapping[str, Tensor],
-        labels: Tensor | Sequence[int] | None = None,
+        class_names: Sequence[str] | Mapping[Any, str] | ClassNames,
+        dataset: datasets.Dataset | datasets.IterableDataset | str | Path | Tensor | Sequence[Any] | Any,
+        labels: Tensor | Sequence[int] | Sequence[str] | None = None,
         *,
         ood_weight: float = 0.1,
         top_k: int | None = None,
@@ -66,16 +70,17 @@ class LoCoOpObjective(Objective):
         text_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
-        self.class_names = _checked_names(class_names)
+        self._classes = ClassNames.of(class_names)
+        self.class_names = list(self._classes.names)
         self.prompts = _prompts(prompt, self.class_names)
         self.ood_weight, self.top_k = _checked_loss(ood_weight, top_k, len(self.class_names))
         settings: dict[str, Any] = {
-            "class_names": self.class_names,
+            "class_names": self._classes,
             "batch_size": batch_size,
             "label_column": label_column,
         }
         self.images: ImageSource | NamedInputs
-        if isinstance(dataset, Mapping) or text_column is not None or _are_texts(dataset):
+        if isinstance(dataset, Mapping) or text_column is not None or _are_texts(dataset, processor):
             data: Any = dataset
             self.images = NamedInputs(processor, data, labels, text_column=text_column, **settings)
         else:
@@ -139,6 +144,29 @@ class LoCoOpObjective(Objective):
                     stacklevel=3,
                 )
 
+    def check_labels(self, classes: ClassNames) -> None:
+        """Raise a `ValueError` if other inputs' labels mean other classes, or number them otherwise."""
+        classes.check_order_of(self._classes, "the objective")
+
+    def check_classes(self, backbone: Backbone) -> None:
+        """Raise a `ValueError` if a classifier's own classes are others, or in another order."""
+        if not backbone.needs_prompts:
+            own = ClassNames.of_model(getattr(backbone.model.config, "id2label", None))
+            if own is not None:
+                self._classes.check_order_of(own, "the model")
+
+    def check_base(self, losses: LossValues) -> None:
+        """Warn if the base model classifies no better than by chance, up to two standard deviations of noise."""
+        images, chance = len(self), 1 / len(self.class_names)
+        # A NaN is none of a model's doing, but of an objective that has no accuracy.
+        if losses.accuracy <= chance + 2 * math.sqrt(chance * (1 - chance) / images):
+            warnings.warn(
+                f"The base model classifies {losses.accuracy:.1%} of the {images} inputs right, which is near chance "
+                f"({chance:.1%}): do labels, class names, prompts and processor belong to this model?",
+                UserWarning,
+                stacklevel=3,
+            )
+
     def settings(self) -> dict[str, Any]:
         """Classes, prompts and the loss's settings."""
         return {
@@ -180,19 +208,10 @@ def _listed(texts: Sequence[str], most: int = 10) -> str:
     return f"{listed} and {len(texts) - most} more" if len(texts) > most else listed
 
 
-def _are_texts(dataset: Any) -> bool:
-    return isinstance(dataset, (list, tuple)) and bool(dataset) and isinstance(dataset[0], str)
-
-
-def _checked_names(class_names: Sequence[str] | Mapping[int, str]) -> list[str]:
-    if isinstance(class_names, Mapping):
-        class_names = [class_names[index] for index in sorted(class_names)]
-    names = [class_names] if isinstance(class_names, str) else list(class_names)
-    if len(names) < 2 or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(
-            f"class_names is {names!r}; give the names of at least two in-distribution classes, in the labels' order."
-        )
-    return names
+def _are_texts(dataset: Any, processor: Any) -> bool:
+    """Whether strings are meant as texts: where there is something that reads images, they are paths."""
+    first = dataset[0] if isinstance(dataset, (list, tuple)) and dataset else None
+    return isinstance(first, str) and not processes_images(processor)
 
 
 def _prompts(prompt: str | Sequence[str], names: Sequence[str]) -> list[str]:

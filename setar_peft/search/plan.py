@@ -99,8 +99,8 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
         config: Targets, order, candidates and passes.
 
     Raises:
-        ValueError: If the model has adapters, the objective is none, no layer or no order fits, or no candidate of any
-            layer removes anything.
+        ValueError: If the model has adapters, the objective is none or not one of the model's classes, no layer or no
+            order fits, or no candidate of any layer removes anything.
     """
     adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None:
@@ -153,7 +153,9 @@ def _some(names: Sequence[str]) -> str:
 
 def _backbone(model: nn.Module, objective: Any) -> Backbone | None:
     if isinstance(objective, Objective):
-        return backbone_of(model)
+        backbone = backbone_of(model)
+        objective.check_classes(backbone)
+        return backbone
     if not callable(objective):
         raise ValueError(
             f"objective is a {type(objective).__name__}; give an Objective, such as LoCoOpObjective, or a callable "

@@ -122,6 +122,8 @@ def search_rank_ratios(
                 f"The loss of the base model is {initial.total}, so no candidate can be compared with it. "
                 "Check the model's weights and the images."
             )
+        if isinstance(objective, Objective) and processes.is_first and done is None:
+            objective.check_base(initial)
         dtype = next(iter(model.parameters())).dtype
         course = _Course(
             plan, config, evaluator, bar, trace_path, initial, settings, done, saves=processes.is_first, dtype=dtype

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors import SafetensorError
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
-from setar_peft import plots
+from setar_peft import LoCoOpObjective, plots
 from setar_peft.cli import app
 from setar_peft.search.trace import SearchTrace
 from tests.conftest import GOLDEN
@@ -23,7 +28,7 @@ COMMON = [
     "--images",
     str(CASES / "images"),
     "--classes",
-    str(CASES / "classes.json"),
+    str(CASES / "folders.json"),
 ]
 
 
@@ -144,6 +149,57 @@ def test_what_was_found_outlives_a_full_disk(tmp_path: Path, monkeypatch: pytest
     assert code == 0, text
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier whose classes are not in alphabetical order, and its folders of grey images, 16 bits deep."""
+    root = tmp_path_factory.mktemp("classifier")
+    names = ["T-shirt/top", "Trouser", "Ankle boot", "Bag"]
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    ViTForImageClassification(config).save_pretrained(root / "model")
+    size = {"height": 8, "width": 8}
+    ViTImageProcessorPil(image_mean=[0.5], image_std=[0.5], size=size).save_pretrained(root / "model")
+    noise = np.random.default_rng(0).integers(0, 65536, (8, 8, 8), dtype=np.uint16)
+    for index, pixels in enumerate(noise):
+        folder = root / "images" / names[index // 2].replace("/", " ").lower()
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    (root / "classes.json").write_text(json.dumps({"t-shirt top": "T-shirt/top"}))
+    np.save(root / "noise.npy", noise)
+    return root
+
+
+def test_folders_are_a_classifiers_classes_by_name(classifier: Path, tmp_path: Path) -> None:
+    command = ["search", classifier / "model", "--images", classifier / "images", "--candidates", "0.3"]
+    options = ["--output", tmp_path / "out", "--top-k", "2", "--classes", classifier / "classes.json"]
+    result = CliRunner().invoke(app, list(map(str, [*command, *options])))
+    assert result.exit_code == 0, result.output
+    said = "Matched by name: ankle boot -> Ankle boot, bag -> Bag, t-shirt top -> T-shirt/top, trouser -> Trouser."
+    assert said in result.stdout
+    model = ViTForImageClassification.from_pretrained(classifier / "model").eval()
+    eight_bits = (np.load(classifier / "noise.npy").astype(int) + 128) // 257
+    pixels = torch.as_tensor(eight_bits / 127.5 - 1, dtype=torch.float32)[:, None]
+    expected = LoCoOpObjective(None, model.config.id2label, pixels, torch.arange(8) // 2, top_k=2).losses(model)
+    assert SearchTrace.load(tmp_path / "out" / "trace.json").initial == pytest.approx(expected, abs=1e-5)
+    # ... and not what the folders' alphabetical order would give.
+    alphabetical = torch.tensor([2, 2, 3, 3, 0, 0, 1, 1])
+    other = LoCoOpObjective(None, model.config.id2label, pixels, alphabetical, top_k=2).losses(model)
+    assert other.id_loss != pytest.approx(expected.id_loss, abs=1e-4)
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 1
+    assert "'t-shirt top' fits none" in result.output
+
+
 def test_a_metric_of_ood_patches_and_an_explicit_order(tmp_path: Path) -> None:
     layers = ["text_model.encoder.layers.1.mlp.fc1", "vision_model.encoder.layers.0.mlp.fc1"]
     options = ["--output", tmp_path, "--criterion", "auroc", "--order", ", ".join(layers), "--recording-memory", "0"]
@@ -185,7 +241,7 @@ def test_of_two_processes_the_first_speaks_and_writes(tmp_path: Path) -> None:
         (["--weights", "W_up, W_q,W_up"], "--weights names W_up twice"),
         (["--weights", "W_up,"], "--weights names nothing between two commas"),
         (["--candidates", "0.1,0.1"], "give each ratio once"),
-        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--dtype", "int8"], "The precision is 'int8'; give one of float32, tf32, bfloat16, float16."),
         (["--dtype", "tf32", "--device", "cpu"], "--dtype tf32 is how CUDA GPUs multiply, and the device is cpu"),
         (["--resume", "--overwrite"], "exclude each other"),
         (["--criterion", "beauty"], "--criterion is 'beauty'; give one of total, id, ood, auroc, fpr95."),

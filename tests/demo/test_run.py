@@ -79,7 +79,7 @@ def test_a_folder_of_classes_and_a_local_model(
         str(cases / "clip_tiny"),
         cases / "images",
         Settings(),
-        classes=cases / "classes.json",
+        classes=cases / "folders.json",
         ood=[cases / "images" / "c003"],
         search_images_per_class=1,
     )
@@ -93,7 +93,7 @@ def test_a_folder_of_classes_and_a_local_model(
     }
     result, printed = quiet_run(experiment, tmp_path / "out")
     assert result.reload_is_exact
-    assert "c003" in printed
+    assert "Matched by name: c000 -> cat, c001 -> dog" in printed
     assert max(map(len, printed.splitlines()[:-1])) <= 80
 
 

@@ -33,6 +33,7 @@ PUBLISHED = {
     "variance": "var_score",
 }
 LABELS = torch.arange(6).repeat_interleave(4)
+CLASSES = ["cat", "dog", "red car", "tree frog", "sailing ship", "cup"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def pixels(golden_clip: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def labelled(pixels: torch.Tensor, batch_size: int = 5) -> ImageSource:
-    return ImageSource(None, pixels, LABELS[: len(pixels)], class_names=["c"] * 6, batch_size=batch_size)
+    return ImageSource(None, pixels, LABELS[: len(pixels)], class_names=CLASSES, batch_size=batch_size)
 
 
 def stock_global_logits(model: Any, objective: LoCoOpObjective, pixels: torch.Tensor) -> torch.Tensor:
@@ -236,6 +237,17 @@ def test_the_model_is_left_in_the_mode_it_was_in(model: Any, objective: Any, pix
     with pytest.raises(ValueError, match="The images have shape"):
         image_scores(model, objective, labelled(pixels[..., :16]))
     assert [module.training for module in model.modules()] == before
+
+
+def test_labels_that_number_other_classes_are_refused(model: Any, objective: Any, pixels: torch.Tensor) -> None:
+    """In another order they would give another accuracy, without a word."""
+    other = ImageSource(None, pixels, LABELS, class_names=CLASSES[::-1])
+    with pytest.raises(
+        ValueError, match=r"not the objective's 6 classes in its order.*cup, .*Give class_names=objective"
+    ):
+        evaluate(model, objective, other, {"rest": pixels[12:]})
+    # The labels of an OOD set are not read.
+    assert evaluate(model, objective, labelled(pixels), {"rest": other}).accuracy > 0
 
 
 def test_images_without_labels_have_no_accuracy(model: Any, objective: Any, pixels: torch.Tensor) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTForImageClassification
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from setar_peft import LoCoOpObjective, Objective, SeTARConfig, search_rank_ratios
+from setar_peft import LoCoOpObjective, Objective, SeTARConfig, estimate_cost, search_rank_ratios
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of
+from setar_peft.detection.evaluation import image_scores
 from setar_peft.objectives.loss import LossValues, locoop_loss
 from tests.backbones import checks
 
@@ -87,7 +93,7 @@ def test_wrong_settings_get_a_sentence(clip_objective: MakeObjective, change: di
         clip_objective(**change)
 
 
-@pytest.mark.parametrize("names", [["cat"], [], "cat", ["cat", 3], ["cat", ""]])
+@pytest.mark.parametrize("names", [["cat"], [], "cat", ["cat", 3], ["cat", ""], {0: "cat"}, {"0": "cat", "1": 3}])
 def test_wrong_class_names_get_a_sentence(names: Any) -> None:
     with pytest.raises(ValueError, match="names of at least two in-distribution classes"):
         LoCoOpObjective(None, names, torch.zeros(2, 3, 4, 4), [0, 1], top_k=1)
@@ -97,6 +103,67 @@ def test_a_processor_without_a_tokenizer_gets_a_sentence(load_clip: Clip) -> Non
     objective = LoCoOpObjective(None, checks.CLASSES, checks.random_images(4, 3, 32, 32), range(4), top_k=2)
     with pytest.raises(ValueError, match=r"processor is a NoneType, which cannot tokenise"):
         objective(load_clip())
+
+
+def named_vit(names: dict[int, str]) -> Any:
+    torch.manual_seed(0)
+    config = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config.image_size, config.patch_size, config.id2label = 8, 4, names
+    config.label2id = {name: index for index, name in names.items()}
+    return ViTForImageClassification(config).eval()
+
+
+def test_class_names_are_a_classifiers_own_in_its_order() -> None:
+    model = named_vit({0: "Trouser", 1: "Ankle boot", 2: "Bag"})
+    pixels = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    named = ["bag", "bag", "trouser", "trouser", "ankle_boot", "ankle_boot"]
+
+    def objective(names: Any, labels: Any = named) -> LoCoOpObjective:
+        return LoCoOpObjective(None, names, pixels, labels, top_k=1)
+
+    expected = objective(model.config.id2label, [2, 2, 0, 0, 1, 1]).losses(model)
+    assert objective(model.config.id2label).losses(model) == expected
+    assert objective(["trouser", "ankle-boot", "BAG"]).losses(model) == expected
+    for names in (["Ankle boot", "Bag", "Trouser"], ["Trouser", "Ankle boot", "Hat"], ["Trouser", "Bag"]):
+        wrong = objective(names, [0, 1] * 3)
+        for use in (
+            wrong.losses,
+            lambda model, wrong=wrong: search_rank_ratios(model, wrong, progress=False),
+            lambda model, wrong=wrong: estimate_cost(model, wrong),
+            lambda model, wrong=wrong: image_scores(model, wrong, wrong.images),
+        ):
+            with pytest.raises(ValueError, match=r"in its order.*Trouser, Ankle boot, Bag\. Give class_names="):
+                use(model)
+    # Where a model has no names, the user's stand for its outputs.
+    nameless = named_vit({index: f"LABEL_{index}" for index in range(3)})
+    assert objective(["Ankle boot", "Bag", "Trouser"]).losses(nameless).total > 0
+
+
+def test_a_base_near_chance_is_said(load_clip: Clip, clip_objective: MakeObjective) -> None:
+    objective = clip_objective()
+    # Every label is the next class's: what a folder in another order than the model's classes amounts to.
+    objective.images.labels = (objective.images.labels + 1) % 6
+    with pytest.warns(UserWarning, match=r"classifies .*% of the 24 inputs right, which is near chance \(16\.7%\)"):
+        search_rank_ratios(load_clip(), objective, SeTARConfig(candidate_ratios=[0.1]), progress=False)
+    loss = LossValues(1.0)
+    # 4 of 24 by chance, 7.7 within two standard deviations; a callable's loss has no accuracy.
+    for right, warns in ((4, True), (7, True), (8, False), (24, False), (math.nan, False)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            objective.check_base(loss._replace(accuracy=right / 24))
+        assert bool(said) == warns
+
+
+def test_strings_are_texts_for_a_tokenizer_and_paths_for_an_image_processor(tmp_path: Path) -> None:
+    processor = CLIPImageProcessorPil()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    paths = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    pixels, _ = next(LoCoOpObjective(processor, ["cat", "dog"], paths, [0, 1], top_k=1).batches())
+    assert pixels.shape == (2, 3, 224, 224)
+    tokenizer = checks.WordTokenizer()
+    tokens, _ = next(LoCoOpObjective(tokenizer, ["cat", "dog"], paths, ["dog", "cat"], top_k=1).batches())
+    assert "input_ids" in tokens
 
 
 class CrossEntropy(Objective):
