@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from setar_peft.decomposition import decompose
-from setar_peft.tuner import linear
-from setar_peft.tuner.forward import Factors, adapter_output, effective_weight, formed_weight_is_cheaper
+from setar_peft.tuner.forward import Factors, adapter_output, effective_weight
 from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 
@@ -35,44 +34,15 @@ def _bases() -> list[Callable[[], nn.Module]]:
     return [lambda: nn.Linear(10, 14), lambda: nn.Linear(14, 10, bias=False), conv1d]
 
 
-@pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    def force(formed: bool) -> None:
-        monkeypatch.setattr(linear, "formed_weight_is_cheaper", lambda tokens, shape: formed)
-
-    return force
-
-
-@pytest.mark.parametrize(
-    ("tokens", "shape", "formed"),
-    [
-        (614, (3072, 768), False),  # 614.4 tokens
-        (615, (3072, 768), True),
-        (615, (768, 3072), True),
-        (0, (4, 4), False),
-        (2, (4, 4), False),
-        (3, (4, 4), True),
-    ],
-)
-def test_the_rule_follows_from_shapes(tokens: int, shape: tuple[int, int], formed: bool) -> None:
-    assert formed_weight_is_cheaper(tokens, shape) is formed
-    m, n = shape
-    # The rule is the comparison of the two costs, in which the rank cancels out.
-    for rank in (1, 100):
-        assert (2 * tokens * rank * (m + n) > 2 * m * n * rank) is formed
-
-
 @pytest.mark.parametrize("finetune", [False, True])
 @pytest.mark.parametrize("make_base", _bases())
-def test_both_ways_give_the_same_output_and_gradients(
-    make_base: Callable[[], nn.Module], finetune: bool, forced: Callable[[bool], None]
-) -> None:
+def test_both_ways_give_the_same_output_and_gradients(make_base: Callable[[], nn.Module], finetune: bool) -> None:
     torch.manual_seed(0)
-    layer = _layer(make_base().double(), finetune=finetune)
+    layer = _layer(make_base().double().requires_grad_(False), finetune=finetune)
     x = torch.randn(3, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
     results = []
-    for formed in (False, True):
-        forced(formed)
+    for keeps in (False, True):
+        layer.keeps_weight = keeps
         layer.zero_grad()
         x.grad = None
         y = layer(x)
@@ -92,12 +62,12 @@ def _is_conv(layer: SeTARLinear) -> bool:
     return isinstance(layer.base_layer, Conv1D)
 
 
-@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("make_base", _bases())
-def test_gradcheck(make_base: Callable[[], nn.Module], formed: bool, forced: Callable[[bool], None]) -> None:
+def test_gradcheck(make_base: Callable[[], nn.Module], keeps: bool) -> None:
     torch.manual_seed(0)
-    layer = _layer(make_base().double(), finetune=True)
-    forced(formed)
+    layer = _layer(make_base().double().requires_grad_(False), finetune=True)
+    layer.keeps_weight = keeps
     x = torch.randn(4, layer.in_features, dtype=torch.float64, requires_grad=True)
     names = ["setar_B.default", "setar_A.default"]
     start = [dict(layer.named_parameters())[name].detach().clone().requires_grad_() for name in names]
@@ -106,23 +76,6 @@ def test_gradcheck(make_base: Callable[[], nn.Module], formed: bool, forced: Cal
         return torch.func.functional_call(layer, dict(zip(names, trained, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(run, (x, *start))
-
-
-def test_the_layer_chooses_by_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = _layer(nn.Linear(10, 14), finetune=False)
-    asked = []
-    monkeypatch.setattr(linear, "formed_weight_is_cheaper", lambda *args: asked.append(args) or False)
-    layer(torch.ones(3, 5, 10))
-    assert asked == [(15, (14, 10))]
-
-
-def test_a_base_layer_with_hooks_is_called() -> None:
-    # A hook may gather or offload the weight (accelerate, ZeRO-3), or be the user's own.
-    layer = _layer(nn.Linear(10, 14), finetune=False)
-    seen = []
-    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
-    layer(torch.ones(1000, 10))
-    assert seen == [1]
 
 
 @pytest.mark.parametrize("rank_zero", [False, True])

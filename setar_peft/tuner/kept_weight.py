@@ -1,0 +1,137 @@
+"""W - B0 A0 of a layer, formed once: with it a training-free adapter costs what its base layer costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers.pytorch_utils import Conv1D
+
+from setar_peft.tuner.base_weight import fingerprint
+from setar_peft.tuner.forward import Factors, effective_weight
+
+
+def may_be_gone_round(base: nn.Module) -> bool:
+    """Whether multiplying by a weight of our own does all that calling the base layer would do, here and now.
+
+    A hook or a patched `forward` may load an offloaded weight (accelerate, ZeRO-3) or be the user's own; a weight that
+    is computed (parametrisations), sharded or of a subclass of tensors is not ours to read; one that is trained needs
+    its gradient. Programs that are recorded (torch.compile, export, tracing, CUDA graphs, transforms of torch.func)
+    must not hold a weight that is formed while they are.
+
+    Args:
+        base: What the adapter layer wraps.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or type(base).__call__ is not nn.Module.__call__:
+        return False
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    if "forward" in vars(base) or any(hooks) or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.is_meta or weight.requires_grad or weight.is_inference():
+        return False
+    if type(bias) is not nn.Parameter and (bias is not None or "bias" not in base._parameters):
+        return False
+    recorded = torch._C._functorch.peek_interpreter_stack() is not None or (
+        weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    )
+    return not recorded and not _is_sharding()
+
+
+def _is_sharding() -> bool:
+    # FSDP2 shows whole weights while a forward lasts, as ordinary parameters; keeping one would undo the sharding.
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+
+    return bool(_module_state_mapping)
+
+
+class _Source(NamedTuple):
+    """A tensor that a kept weight was formed from, as it was then.
+
+    Attributes:
+        tensor: The tensor.
+        memory: Another view of its memory; while it is held, no other tensor can come to lie there.
+        version: How often torch had seen the tensor written.
+        values: Its `fingerprint`.
+    """
+
+    tensor: Tensor
+    memory: Tensor
+    version: int
+    values: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Source:
+        return cls(tensor, tensor.detach(), tensor._version, fingerprint(tensor))
+
+    def is_unchanged(self, tensor: Tensor, *, by_value: bool) -> bool:
+        return (
+            tensor is self.tensor
+            and tensor._version == self.version
+            and tensor.dtype == self.memory.dtype
+            and tensor.is_set_to(self.memory)
+            and (not by_value or torch.equal(fingerprint(tensor), self.values))
+        )
+
+
+class KeptWeight:
+    """Forms W - B0 A0 and keeps it for as long as W, B0 and A0 are what they were.
+
+    Writing to `tensor.data` leaves no trace in torch's counters. So the values are compared, too: at each use on a CPU,
+    where that costs next to nothing; on other devices, where comparing means to wait for them, after somebody has had
+    the base layer from the adapter layer (`doubt`), as PEFT's other tuners do to merge into it.
+
+    It is not copied, pickled or saved with the layer.
+    """
+
+    def __init__(self) -> None:
+        self._sources: list[_Source] = []
+        self._weight: Tensor | None = None
+        self._in_doubt = False
+
+    def __reduce__(self) -> tuple[type[KeptWeight], tuple[()]]:
+        return KeptWeight, ()
+
+    def drop(self) -> None:
+        """Give the memory back; the next use forms the weight again."""
+        self._sources, self._weight = [], None
+
+    def doubt(self) -> None:
+        """Compare values at the next use."""
+        self._in_doubt = True
+
+    def of(self, weight: nn.Parameter, adapters: Sequence[Factors], *, transposed: bool) -> Tensor:
+        """The weight without the components that the adapters remove.
+
+        Args:
+            weight: The base weight, (m, n), or (n, m) if it is stored transposed.
+            adapters: Factors of the adapters; only B0 and A0 of each are read.
+            transposed: Whether the weight is stored as (n, m).
+
+        Returns:
+            W - B0 A0 (- B0' A0' ...), (m, n), computed in float32 and rounded once to the dtype of the weight.
+        """
+        tensors = [weight, *(tensor for factors in adapters for tensor in (factors.b0, factors.a0))]
+        kept, by_value = self._weight, weight.device.type == "cpu" or self._in_doubt
+        if kept is not None and len(tensors) == len(self._sources):
+            pairs = zip(self._sources, tensors, strict=True)
+            if all(source.is_unchanged(tensor, by_value=by_value) for source, tensor in pairs):
+                self._in_doubt = False
+                return kept
+        self.drop()
+        with torch.inference_mode(False), torch.no_grad():
+            sources = [_Source.of(tensor) for tensor in tensors]
+            matrix = weight.T if transposed else weight
+            frozen = [Factors(factors.b0, factors.a0) for factors in adapters]
+            formed = effective_weight(matrix.detach(), frozen).to(weight.dtype)
+        if type(formed) is Tensor:  # and no stand-in, under a dispatch mode
+            self._sources, self._weight, self._in_doubt = sources, formed, False
+        return formed
