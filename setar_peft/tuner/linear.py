@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from setar_peft.tuner.forward import Factors, adapter_output, trained_output
-from setar_peft.tuner.kept_weight import may_be_gone_round
+from setar_peft.tuner.kept_weight import check_is_cheaper, may_be_gone_round
 from setar_peft.tuner.layer import SeTARLayer
 
 
@@ -52,7 +52,7 @@ class SeTARLinear(nn.Module, SeTARLayer):
         if self.merged or not names:
             return self._base(x, *args, **kwargs)
         adapters = [factors for factors in map(self.factors, names) if not factors.is_nothing]
-        weight = None if args or kwargs or not adapters else self._kept_weight_of(adapters)
+        weight = None if args or kwargs or not adapters else self._kept_weight_of(adapters, x)
         if weight is not None:
             result = F.linear(x, weight, self._base.bias)
             trained = [factors for factors in adapters if factors.b is not None]
@@ -62,12 +62,15 @@ class SeTARLinear(nn.Module, SeTARLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._add(result, x, adapters, adapter_output)
 
-    def _kept_weight_of(self, adapters: Sequence[Factors]) -> Tensor | None:
+    def _kept_weight_of(self, adapters: Sequence[Factors], x: Tensor) -> Tensor | None:
         base = self._base
         if self.quantization_backend is not None or not may_be_gone_round(base) or not self.keeps_weight:
             return None
         if any(factors.b0.is_inference() or factors.a0.is_inference() for factors in adapters):
             return None  # nobody counts how often they are written
+        tokens, rank = x.numel() // max(1, x.shape[-1]), sum(factors.b0.shape[1] for factors in adapters)
+        if base.weight.device.type == "cpu" and not check_is_cheaper(tokens, rank, self.shape):
+            return None
         try:
             return self._kept_weight.of(base.weight, adapters, transposed=isinstance(base, Conv1D))
         except torch.OutOfMemoryError:

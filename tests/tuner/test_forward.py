@@ -44,7 +44,7 @@ def _bases() -> list[Callable[[], nn.Module]]:
 def test_both_ways_give_the_same_output_and_gradients(make_base: Callable[[], nn.Module], finetune: bool) -> None:
     torch.manual_seed(0)
     layer = _layer(make_base().double().requires_grad_(False), finetune=finetune)
-    x = torch.randn(3, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 15, layer.in_features, dtype=torch.float64, requires_grad=True)
     results = []
     for keeps in (False, True):
         layer.keeps_weight = keeps
@@ -52,6 +52,7 @@ def test_both_ways_give_the_same_output_and_gradients(make_base: Callable[[], nn
         x.grad = None
         y = layer(x)
         y.pow(2).sum().backward()
+        assert (layer._kept_weight._weight is not None) is keeps
         trained = [layer.setar_B["default"].grad, layer.setar_A["default"].grad] if finetune else []
         results.append([y.detach(), x.grad, *trained])
     for factored, formed_ in zip(*results, strict=True):
@@ -73,7 +74,7 @@ def test_gradcheck(make_base: Callable[[], nn.Module], keeps: bool) -> None:
     torch.manual_seed(0)
     layer = _layer(make_base().double().requires_grad_(False), finetune=True)
     layer.keeps_weight = keeps
-    x = torch.randn(4, layer.in_features, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, layer.in_features, dtype=torch.float64, requires_grad=True)
     names = ["setar_B.default", "setar_A.default"]
     start = [dict(layer.named_parameters())[name].detach().clone().requires_grad_() for name in names]
 
@@ -152,7 +153,7 @@ def test_weights_are_exact_whatever_products_may_be_rounded_to(mode: str, monkey
 
     def results() -> list[Tensor]:
         layer._kept_weight.drop()
-        layer(torch.ones(2, 48))
+        layer(torch.ones(50, 48))
         kept = layer._kept_weight._weight
         assert kept is not None
         return [
@@ -210,7 +211,7 @@ class TestRecording:
             torch._dynamo.reset()
             counter, model = CompileCounter(), _adapted(kind)
             compiled = torch.compile(model, backend=counter, dynamic=dynamic)
-            for rows in (5, 48, 700, 5):
+            for rows in (5, 48, 700):
                 torch.testing.assert_close(compiled(inputs(rows)), model(inputs(rows)))
             graphs[kind] = counter.frame_count
         assert len(set(graphs.values())) == 1, graphs
@@ -228,10 +229,10 @@ class TestRecording:
             torch.testing.assert_close(exported(inputs(rows)), module(inputs(rows)))
 
     @pytest.mark.parametrize("kind", ["SeTAR", "SeTAR+FT"])
+    @pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and wonders at the shapes of factors
     def test_tracing(self, kind: str) -> None:
         module = _adapted(kind).get_base_model()
-        with pytest.warns(DeprecationWarning, match="deprecated"):
-            traced = torch.jit.trace(module, inputs(5))
+        traced = torch.jit.trace(module, inputs(5))
         torch.testing.assert_close(traced(inputs(48)), module(inputs(48)))
 
     @pytest.mark.parametrize("kind", ["SeTAR", "SeTAR+FT"])

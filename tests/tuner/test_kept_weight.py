@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 from setar_peft import SeTARConfig, SeTARLayer
 from setar_peft.tuner import kept_weight
 from setar_peft.tuner.base_weight import fingerprint
-from setar_peft.tuner.kept_weight import may_be_gone_round
+from setar_peft.tuner.kept_weight import check_is_cheaper, may_be_gone_round
 from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, inputs
@@ -42,12 +42,29 @@ def _kept(layer: SeTARLinear) -> Tensor | None:
 
 def _agrees_with_the_factors(layer: SeTARLinear) -> bool:
     """Whether the layer computes what it does where nothing is kept."""
-    x = inputs(6, 20, dtype=layer._base.weight.dtype)
+    x = inputs(40, 20, dtype=layer._base.weight.dtype)
     output = layer(x)
     layer.keeps_weight = False
     expected = layer(x)
     del layer.keeps_weight
     return torch.allclose(output.float(), expected.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "shape", "cheaper"),
+    [(77, 77, (3072, 768), False), (78, 77, (3072, 768), True), (1, 77, (3072, 768), False), (0, 1, (4, 4), False),
+     (256, 0, (3072, 768), False), (257, 0, (3072, 768), True), (257, 0, (768, 768), True)],
+)  # fmt: skip
+def test_the_rule_follows_from_shapes(tokens: int, rank: int, shape: tuple[int, int], cheaper: bool) -> None:
+    assert check_is_cheaper(tokens, rank, shape) is cheaper
+
+
+def test_a_few_tokens_are_multiplied_by_the_factors() -> None:
+    layer = _layer()
+    layer(inputs(1, 20))
+    assert _kept(layer) is None
+    layer(inputs(40, 20))
+    assert _kept(layer) is not None
 
 
 class TestForming:
@@ -58,7 +75,7 @@ class TestForming:
         for base in (nn.Linear(20, 14), nn.Linear(20, 14).bfloat16(), nn.Linear(20, 14).double()):
             layer = _layer(base)
             formed.clear()
-            for count in (1, 5, 1000):
+            for count in (40, 50, 1000):
                 layer(torch.ones(count, 20, dtype=base.weight.dtype))
             assert formed == [1]
             kept = _kept(layer)
@@ -73,7 +90,7 @@ class TestForming:
 
     def test_training_moves_the_trained_factors_alone(self) -> None:
         layer = _layer(finetune=True)
-        x = inputs(6, 20)
+        x = inputs(40, 20)
         layer(x)
         kept = _kept(layer)
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
@@ -87,18 +104,18 @@ class TestForming:
     def test_formed_in_inference_mode_it_can_be_trained_with(self) -> None:
         layer = _layer(finetune=True)
         with torch.inference_mode():
-            layer(inputs(2, 20))
-        layer(inputs(2, 20).requires_grad_()).sum().backward()
+            layer(inputs(40, 20))
+        layer(inputs(40, 20).requires_grad_()).sum().backward()
         assert layer.setar_B["default"].grad is not None
 
     def test_can_be_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(SeTARLayer, "keeps_weight", False)
         layer = _layer()
-        layer(inputs(2, 20))
+        layer(inputs(40, 20))
         assert _kept(layer) is None
 
     def test_no_memory_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        layer, x = _layer(), inputs(2, 20)
+        layer, x = _layer(), inputs(40, 20)
         expected = layer(x)
         layer._kept_weight.drop()
 
@@ -139,13 +156,13 @@ def _write(layer: SeTARLinear) -> None:
 
 def _load(layer: SeTARLinear) -> None:
     state = layer.state_dict()
-    layer(inputs(2, 20))
+    layer(inputs(40, 20))
     layer.load_state_dict({**state, "base_layer.weight": torch.randn(14, 20)})
 
 
 def _load_by_assignment(layer: SeTARLinear) -> None:
     state = layer.state_dict()
-    layer(inputs(2, 20))
+    layer(inputs(40, 20))
     layer.load_state_dict({**state, "base_layer.weight": torch.randn(14, 20)}, assign=True)
     layer.requires_grad_(False)
 
@@ -203,13 +220,13 @@ class TestNeverStale:
     @pytest.mark.parametrize("change", CHANGES)
     def test_after(self, change: Callable[[SeTARLinear], None]) -> None:
         layer = _layer()
-        layer(inputs(2, 20))
+        layer(inputs(40, 20))
         assert _kept(layer) is not None
         change(layer)
         assert _agrees_with_the_factors(layer)
 
     def test_disabling_and_enabling(self) -> None:
-        layer, x = _layer(), inputs(2, 20)
+        layer, x = _layer(), inputs(40, 20)
         adapted, base = layer(x), layer._base(x)
         layer.enable_adapters(False)
         assert torch.equal(layer(x), base)
@@ -220,7 +237,7 @@ class TestNeverStale:
         # The old weight's memory is held, so that a new one at the same address cannot pass for it.
         layer = _layer()
         for _ in range(20):
-            layer(inputs(2, 20))
+            layer(inputs(40, 20))
             layer._base.weight.data = layer._base.weight.data * 1.1
         assert _agrees_with_the_factors(layer)
 
@@ -228,10 +245,10 @@ class TestNeverStale:
         model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
         model[1].weight = model[0].weight
         peft_model = get_peft_model(model, SeTARConfig(rank_ratios={"0": 0.3, "1": 0.5}))
-        peft_model(inputs())
+        peft_model(inputs(40))
         with torch.no_grad():
             model[0].base_layer.weight.mul_(2)
-        assert all(_agrees(layer, inputs()) for layer in model)
+        assert all(_agrees(layer, inputs(40)) for layer in model)
 
     def test_another_tuner_above_merges_into_the_weight(self, monkeypatch: pytest.MonkeyPatch) -> None:
         # As on a GPU, where values are not compared at every use: PEFT's `weight.data += delta` leaves no trace.
@@ -240,7 +257,7 @@ class TestNeverStale:
             above = get_peft_model(model, LoraConfig(target_modules=["fc1"], init_lora_weights=False))
         inner = above.base_model.model.fc1.base_layer
         assert isinstance(inner, SeTARLinear)
-        x = inputs()
+        x = inputs(40)
         expected = above(x)
         original = kept_weight._Source.is_unchanged
 
@@ -268,24 +285,24 @@ class TestIsNotCarriedAlong:
     def test_copies_and_pickles(self) -> None:
         layer = _layer()
         empty = len(pickle.dumps(layer))
-        layer(inputs(2, 20))
+        layer(inputs(40, 20))
         assert len(pickle.dumps(layer)) == empty
         for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert _kept(twin) is None
-            assert torch.equal(twin(inputs(2, 20)), layer(inputs(2, 20)))
+            assert torch.equal(twin(inputs(40, 20)), layer(inputs(40, 20)))
         assert _kept(layer) is not None
 
     def test_saving_gives_the_memory_back(self) -> None:
         model = get_peft_model(MLP(), SeTARConfig(rank_ratios={"fc1": 0.3}))
         names = sorted(get_peft_model_state_dict(model))
-        model(inputs())
+        model(inputs(40))
         assert _kept(model.base_model.model.fc1) is not None
         assert sorted(get_peft_model_state_dict(model)) == names
         assert _kept(model.base_model.model.fc1) is None
 
     def test_merging_gives_the_memory_back(self) -> None:
         layer = _layer()
-        layer(inputs(2, 20))
+        layer(inputs(40, 20))
         layer.merge()
         assert _kept(layer) is None
 
@@ -339,7 +356,7 @@ class TestBaseLayersThatAreNotPlain:
         lora = LoraConfig(target_modules=["fc1"], r=2, init_lora_weights=False)
         for config in (SeTARConfig(rank_ratios={"fc1": 0.3}, finetune=finetune), lora):
             model = get_peft_model(MLP(), config)
-            x = inputs().requires_grad_()
+            x = inputs(40).requires_grad_()
             plain = model(x)
             calls = install(model.base_model.model.fc1.get_base_layer())
             y = model(x)
@@ -353,14 +370,14 @@ class TestBaseLayersThatAreNotPlain:
         layer, seen = _layer(), []
         handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
         try:
-            layer(inputs(2, 20))
+            layer(inputs(40, 20))
         finally:
             handle.remove()
         assert nn.Linear in seen
         assert _kept(layer) is None
 
     def test_offloaded_by_accelerate(self) -> None:
-        x, results = inputs(), []
+        x, results = inputs(40), []
         lora = LoraConfig(target_modules=["fc1"], r=2, init_lora_weights=False)
         for config in (SeTARConfig(rank_ratios={"fc1": 0.3}), lora):
             model = get_peft_model(MLP(), config)
@@ -382,13 +399,13 @@ class TestBaseLayersThatAreNotPlain:
         lora = LoraConfig(target_modules=["fc1"], r=2)
         for config in (SeTARConfig(rank_ratios={"fc1": 0.3}), lora):
             model = get_peft_model(MLP(), config)
-            model(inputs())
-            assert model.to("meta")(inputs().to("meta")).is_meta
+            model(inputs(40))
+            assert model.to("meta")(inputs(40).to("meta")).is_meta
 
     @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
     def test_parametrised(self, wrap: Callable[[nn.Module], nn.Module]) -> None:
         layer = _layer(wrap(nn.Linear(20, 14)).eval())
-        layer(inputs(2, 20))
+        layer(inputs(40, 20))
         assert _kept(layer) is None
         with pytest.raises(ValueError, match="computed from other tensors") as error:
             layer.merge()
@@ -396,13 +413,13 @@ class TestBaseLayersThatAreNotPlain:
 
     def test_pruned(self) -> None:
         layer = _layer(prune.l1_unstructured(nn.Linear(20, 14), "weight", amount=0.5))
-        layer(inputs(2, 20))
+        layer(inputs(40, 20))
         assert _kept(layer) is None
 
     def test_trained_beside_the_adapter(self) -> None:
         layer = _layer(finetune=True)
         layer._base.weight.requires_grad_(True)
-        layer(inputs(2, 20)).sum().backward()
+        layer(inputs(40, 20)).sum().backward()
         assert _kept(layer) is None
         assert layer._base.weight.grad is not None
 
@@ -420,11 +437,11 @@ class TestBaseLayersThatAreNotPlain:
             base = nn.Linear(20, 14)
             layer = _layer(base)
         with torch.no_grad():
-            assert torch.isfinite(layer(inputs(2, 20))).all()
+            assert torch.isfinite(layer(inputs(40, 20))).all()
         assert _kept(layer) is None
 
     def test_under_transforms_of_functions(self) -> None:
-        layer, x = _layer(), inputs(4, 20)
+        layer, x = _layer(), inputs(40, 20)
         expected = layer(x)
         layer._kept_weight.drop()
         torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
@@ -434,18 +451,26 @@ class TestBaseLayersThatAreNotPlain:
     def test_under_a_dispatch_mode_of_stand_ins(self) -> None:
         from torch._subclasses import FakeTensorMode
 
-        layer, x = _layer(), inputs(4, 20)
+        layer, x = _layer(), inputs(40, 20)
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             layer(mode.from_tensor(x))
         assert _agrees_with_the_factors(layer)
 
 
-def test_values_are_told_apart() -> None:
-    for shape in ((14, 20), (3, 5), (4, 1)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.int8):
-            weight = (torch.randn(shape) * 10).to(dtype)
-            assert torch.equal(fingerprint(weight), fingerprint(weight.T.contiguous().T))
-            other = weight.clone()
-            other[1, 0] += 1
-            assert not torch.equal(fingerprint(weight), fingerprint(other))
-            assert not torch.equal(fingerprint(weight), fingerprint(weight.flip(0)))
+@pytest.mark.parametrize("shape", [(14, 20), (3, 5), (4, 1), (300, 400), (301, 401)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+def test_values_are_told_apart(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(shape) * 50).to(dtype)
+    assert torch.equal(fingerprint(weight), fingerprint(weight.T.contiguous().T))
+    one, pair = weight.clone(), weight.clone()
+    one[1, 0] += 1
+    pair[[0, -1]] = weight[[-1, 0]]
+    others = [one, pair, -weight, weight.flip(0), weight * 2]
+    if shape[1] > 3:
+        columns = weight.clone()
+        columns[:, [0, 1, 2, 3]] = weight[:, [2, 3, 0, 1]]
+        signs = weight.clone()
+        signs[1, [1, 3]] *= -1
+        others += [columns, signs]
+    assert not any(torch.equal(fingerprint(weight), fingerprint(other)) for other in others)
