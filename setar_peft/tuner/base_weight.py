@@ -25,12 +25,25 @@ def fingerprint(tensor: Tensor) -> Tensor:
     Returns:
         Integers, (k,), of which k depends on the number of bytes alone.
     """
+    bits = _bits(tensor)
+    rows = bits.numel() // _SUMS
+    return torch.cat([bits[: rows * _SUMS].view(rows, _SUMS).sum(0), bits[rows * _SUMS :]])
+
+
+def sample_fingerprint(tensor: Tensor) -> Tensor:
+    """The same of every eleventh cache line, in less time: whatever changes whole rows or columns shows."""
+    bits = _bits(tensor)
+    rows = bits.numel() // 88
+    if rows < _SUMS:
+        return fingerprint(tensor)
+    return torch.cat([bits[: rows * 88].view(rows, 88)[:, :8].sum(0), bits[rows * 88 :]])
+
+
+def _bits(tensor: Tensor) -> Tensor:
     bits = tensor.detach().contiguous().view(-1)
     size = bits.numel() * bits.element_size()
     words = next(dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.int8) if size % dtype.itemsize == 0)
-    bits = bits.view(words)
-    rows = bits.numel() // _SUMS
-    return torch.cat([bits[: rows * _SUMS].view(rows, _SUMS).sum(0), bits[rows * _SUMS :]])
+    return bits.view(words)
 
 
 class SavedBaseWeight:
