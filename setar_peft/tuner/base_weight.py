@@ -107,6 +107,41 @@ class SavedBaseWeight:
             self._parameter.data = function(self._parameter.data)
 
 
+def check_mergeable(layer: BaseTunerLayer) -> None:
+    """Raise a `ValueError` that says why nothing can be merged into the base layer, where that is so."""
+    backend, base = layer.quantization_backend, layer.get_base_layer()
+    if backend is not None and not backend.supports_merge:
+        raise ValueError(
+            f"Weights quantised with {backend.backend_name} cannot be merged into. Keep the adapter unmerged, or "
+            "merge into the model in floating point."
+        )
+    if hasattr(layer.weight, "full_tensor"):
+        raise ValueError("A sharded weight cannot be merged into. Merge before the model is sharded.")
+    if backend is None and not isinstance(base._parameters.get("weight"), nn.Parameter):
+        raise ValueError(
+            f"The weight of a {type(base).__name__} is computed from other tensors (a parametrisation, pruning), "
+            "so what is merged into it would be lost. Make it a parameter first, for example by "
+            "torch.nn.utils.parametrize.remove_parametrizations."
+        )
+    if layer.weight.is_meta:
+        raise ValueError(
+            "The weight is on the meta device, so nothing can be merged into it or taken out of it. Where it is "
+            "offloaded, call merge_adapter() and unmerge_adapter() of the model, which fetch it."
+        )
+
+
+def original_matrix(layer: Any) -> Tensor:
+    """The base weight as a matrix (m, n), without what is merged into it."""
+    if layer._saved_base is None:
+        return layer.base_matrix()
+    merged = SavedBaseWeight(layer)
+    layer._saved_base.restore(layer)
+    try:
+        return layer.base_matrix()
+    finally:
+        merged.restore(layer)
+
+
 def _known_by(layer: BaseTunerLayer) -> Tensor:
     return fingerprint(layer.get_base_weight())
 

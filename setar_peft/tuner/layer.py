@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from setar_peft.decomposition import Residual, decompose, residual_rank, tensor_digest
-from setar_peft.tuner.base_weight import SavedBaseWeight
+from setar_peft.tuner.base_weight import SavedBaseWeight, check_mergeable, original_matrix
 from setar_peft.tuner.checkpoint import check_base
 from setar_peft.tuner.forward import Factors, effective_weight
 from setar_peft.tuner.kept_weight import KeptWeight
@@ -245,7 +245,7 @@ class SeTARLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.setar_ratio]
         if not names:
             return
-        self._check_mergeable()
+        check_mergeable(self)
         saved = self._saved_base
         # Inference mode would leave tensors behind that no backward can use.
         with torch.inference_mode(False), torch.no_grad():
@@ -267,9 +267,9 @@ class SeTARLayer(BaseTunerLayer):
         Raises:
             ValueError: If it is not finite and `check_finite` is set, or if the base cannot be merged into.
         """
-        self._check_mergeable()
+        check_mergeable(self)
         with torch.no_grad():
-            return self._weight_with(self._original_matrix(), adapter_names, check_finite=check_finite)
+            return self._weight_with(original_matrix(self), adapter_names, check_finite=check_finite)
 
     def _weight_with(self, base: Tensor, adapter_names: Sequence[str], *, check_finite: bool) -> Tensor:
         merged = effective_weight(base, [self.factors(name) for name in adapter_names]).to(base.dtype)
@@ -279,27 +279,6 @@ class SeTARLayer(BaseTunerLayer):
                 "Nothing was merged: load the adapter again."
             )
         return self._oriented(merged).contiguous()
-
-    def _check_mergeable(self) -> None:
-        backend, base = self.quantization_backend, self.get_base_layer()
-        if backend is not None and not backend.supports_merge:
-            raise ValueError(
-                f"Weights quantised with {backend.backend_name} cannot be merged into. Keep the adapter unmerged, or "
-                "merge into the model in floating point."
-            )
-        if hasattr(self.weight, "full_tensor"):
-            raise ValueError("A sharded weight cannot be merged into. Merge before the model is sharded.")
-        if backend is None and not isinstance(base._parameters.get("weight"), nn.Parameter):
-            raise ValueError(
-                f"The weight of a {type(base).__name__} is computed from other tensors (a parametrisation, pruning), "
-                "so what is merged into it would be lost. Make it a parameter first, for example by "
-                "torch.nn.utils.parametrize.remove_parametrizations."
-            )
-        if self.weight.is_meta:
-            raise ValueError(
-                "The weight is on the meta device, so nothing can be merged into it or taken out of it. Where it is "
-                "offloaded, call merge_adapter() and unmerge_adapter() of the model, which fetch it."
-            )
 
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight again.
@@ -312,7 +291,7 @@ class SeTARLayer(BaseTunerLayer):
             return
         saved = self._saved_base
         if saved is not None:
-            self._check_mergeable()
+            check_mergeable(self)
         with torch.inference_mode(False), torch.no_grad():
             if saved is None:
                 pass  # nothing but adapters of rank 0
@@ -417,13 +396,3 @@ class SeTARLayer(BaseTunerLayer):
 
     def _oriented(self, matrix: Tensor) -> Tensor:
         return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
-
-    def _original_matrix(self) -> Tensor:
-        if self._saved_base is None:
-            return self.base_matrix()
-        merged = SavedBaseWeight(self)
-        self._saved_base.restore(self)
-        try:
-            return self.base_matrix()
-        finally:
-            merged.restore(self)
