@@ -5,7 +5,9 @@
 The model is the vision tower of a CLIP of ViT-B/32's shape with random weights, adapted at W_up (fc1) of each block.
 "Equal rank" is the rank r that the ratio removes: LoRA and PiSSA of rank r, OSF with r trainable components. SeTAR+FT
 carries r frozen components beside its r trainable ones. Methods take turns in each round, so that a busy machine slows
-all of them; a figure is the median of the rounds, and the table gives it as a multiple of LoRA's.
+all of them; a figure is the median of the rounds, and the table gives it as a multiple of LoRA's. Below it stand what
+SeTAR is held to: its forward as a multiple of the base's, the training step of SeTAR+FT as one of LoRA's, each as the
+median of the rounds' ratios, and the memory of the weights that both need for it (`SeTARLayer.keeps_weight`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from setar_peft.decomposition import residual_rank
 
 WIDTH, FULL = 768, 3072
 BASELINE = "LoRA"
-FEW, MANY = 8, 16  # images a batch: 400 tokens are multiplied by the factors, 800 by the formed weight
+FEW, MANY = 8, 16  # images a batch: 400 and 800 tokens
+BASE = "base"
 
 
 def base_model(blocks: int, device: torch.device) -> CLIPVisionModel:
@@ -70,6 +73,15 @@ class Timer:
         return time.perf_counter() - start
 
 
+def measure_base(base: nn.Module, timer: Timer) -> dict[str, float]:
+    """The base's forward, without an adapter, in seconds."""
+    device = next(base.parameters()).device
+    few, many = (torch.randn(count, 3, 224, 224, device=device) for count in (FEW, MANY))
+    with torch.no_grad():
+        base(few)
+        return {f"forward, {len(x)} images": timer(lambda x=x: base(x)) for x in (few, many)}
+
+
 def measure_round(
     name: str, model: PeftModel, base: nn.Module, saved: Path, timer: Timer, *, load: bool
 ) -> dict[str, float]:
@@ -81,6 +93,8 @@ def measure_round(
     few, many = (torch.randn(count, 3, 224, 224, device=device) for count in (FEW, MANY))
     seconds = {}
     with torch.no_grad():
+        # Saving and merging gave back what a layer keeps, so SeTAR forms it here.
+        seconds[f"first forward, {FEW} images"] = timer(lambda: model(few))
         seconds[f"forward, {FEW} images"] = timer(lambda: model(few))
         seconds[f"forward, {MANY} images"] = timer(lambda: model(many))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -104,8 +118,10 @@ def measure_round(
     return seconds
 
 
-def measure(blocks: int, ratio: float, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Method -> step -> median seconds."""
+def measure(
+    blocks: int, ratio: float, rounds: int, device: torch.device
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Method -> step -> median seconds, the base among the methods; and what SeTAR is held to."""
     timer, base = Timer(device), base_model(blocks, device)
     models, create = {}, {}
     for name, config in configs(ratio).items():
@@ -117,15 +133,39 @@ def measure(blocks: int, ratio: float, rounds: int, device: torch.device) -> dic
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             model.save_pretrained(f"{folder}/{name}")
-        results: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+        results: dict[str, dict[str, list[float]]] = {name: {} for name in (*models, BASE)}
         for number in range(rounds + 1):
+            if number:
+                for step, value in measure_base(base, timer).items():
+                    results[BASE].setdefault(step, []).append(value)
             for name, model in models.items():
                 seconds = measure_round(name, model, base, Path(folder, name), timer, load=number < 4)
                 if number:  # the first round warms up
                     for step, value in seconds.items():
                         results[name].setdefault(step, []).append(value)
     medians = {name: {step: statistics.median(all_) for step, all_ in steps.items()} for name, steps in results.items()}
-    return {name: {"create": create[name], **steps} for name, steps in medians.items()}
+    goals = ratios(results) | {"kept weights, MB": kept_memory(models["SeTAR"]) / 1e6}
+    return {
+        name: {"create": create[name]} | steps if name in create else steps for name, steps in medians.items()
+    }, goals
+
+
+def ratios(results: dict[str, dict[str, list[float]]]) -> dict[str, float]:
+    """Medians over the rounds of what one method took as a multiple of another in the same round."""
+    pairs = [(f"forward, {count} images", "SeTAR", BASE) for count in (FEW, MANY)]
+    pairs.append((f"training step, {FEW} images", "SeTAR+FT", BASELINE))
+    return {
+        f"{step}: {one} / {other}": statistics.median(
+            a / b for a, b in zip(results[one][step], results[other][step], strict=True)
+        )
+        for step, one, other in pairs
+    }
+
+
+def kept_memory(model: nn.Module) -> int:
+    """Bytes of the weights that the layers keep beside the base's."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SeTARLayer) and layer.keeps_weight]
+    return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
 
 
 def bandwidth_share(blocks: int, ratio: float, device: torch.device) -> dict[str, float]:
@@ -181,9 +221,14 @@ def main() -> None:
     rank = residual_rank((FULL, WIDTH), arguments.ratio)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{arguments.blocks} blocks of ViT-B/32's shape, rank {rank}, float32, {name}, torch {torch.__version__}\n")
-    results = measure(arguments.blocks, arguments.ratio, arguments.rounds, device)
+    results, goals = measure(arguments.blocks, arguments.ratio, arguments.rounds, device)
     print(table(results))
-    report: dict[str, Any] = {"settings": {**vars(arguments), "json": None, "rank": rank}, "seconds": results}
+    print("\n" + "\n".join(f"{name}: {value:.3f}" for name, value in goals.items()))
+    report: dict[str, Any] = {
+        "settings": {**vars(arguments), "json": None, "rank": rank},
+        "seconds": results,
+        "goals": goals,
+    }
     if device.type == "cuda":
         report["merge"] = bandwidth_share(arguments.blocks, arguments.ratio, device)
         print("\n" + "\n".join(f"{key}: {value:.2f}" for key, value in report["merge"].items()))

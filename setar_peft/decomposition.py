@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -15,6 +17,26 @@ from torch import Tensor
 
 PruneStrategy = Literal["minor", "principal", "random"]
 PRUNE_STRATEGIES: tuple[str, ...] = get_args(PruneStrategy)
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Products of float32 matrices are float32 inside: neither autocast nor TF32 rounds their operands.
+
+    Args:
+        device: Where the matrices are.
+    """
+    with ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if hasattr(torch.backends, "fp32_precision"):  # torch 2.9 and later, where asking the old way can fail
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        else:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 class Residual(NamedTuple):
@@ -114,7 +136,8 @@ class Decomposition:
         """
         keep = torch.ones_like(self.s, dtype=torch.bool)
         keep[self.removed_components(rank_ratio)] = False
-        return (self.u[:, keep] * self.s[keep]) @ self.vh[keep]
+        with exact_float32(self.u.device):
+            return (self.u[:, keep] * self.s[keep]) @ self.vh[keep]
 
     def residual_of(self, components: Tensor) -> Residual:
         """Factors B0 (m, r) and A0 (r, n) of the given components, (r,) integer indices."""

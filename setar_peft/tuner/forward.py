@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from setar_peft.decomposition import exact_float32
+
 
 class Factors(NamedTuple):
     """The factors of one adapter: W becomes W - B0 A0, and W - B0 A0 + B A when it is fine-tuned.
@@ -30,19 +32,10 @@ class Factors(NamedTuple):
         """Whether the adapter removes no component, and so changes nothing."""
         return self.b0.shape[1] == 0
 
-
-def formed_weight_is_cheaper(tokens: int, shape: tuple[int, int]) -> bool:
-    """Whether forming W - B0 A0 once costs less than multiplying every token by both factors.
-
-    With N tokens the factors cost 2 N r (m + n) operations and the formed weight 2 m n r, whatever the rank r, so
-    the rule is N > m n / (m + n): 614 tokens for 3072 x 768.
-
-    Args:
-        tokens: Number N of input vectors.
-        shape: (m, n) of the weight.
-    """
-    m, n = shape
-    return tokens * (m + n) > m * n
+    @property
+    def negated(self) -> Factors:
+        """The factors that undo these: W becomes W + B0 A0 (- B A)."""
+        return self._replace(b0=-self.b0, b=None if self.b is None else -self.b)
 
 
 def effective_weight(weight: Tensor, adapters: Iterable[Factors]) -> Tensor:
@@ -53,15 +46,17 @@ def effective_weight(weight: Tensor, adapters: Iterable[Factors]) -> Tensor:
         adapters: Factors of each adapter.
 
     Returns:
-        (m, n), in float32 or wider, so that it is rounded once, by whoever stores it; differentiable in B and A.
+        (m, n), in float32 or wider whatever autocast and TF32 are set to, so that it is rounded once, by whoever
+        stores it; differentiable in B and A.
     """
-    for factors in adapters:
-        if factors.is_nothing:
-            continue
-        dtype = torch.promote_types(torch.promote_types(weight.dtype, factors.b0.dtype), torch.float32)
-        weight = torch.addmm(weight.to(dtype), factors.b0.to(dtype), factors.a0.to(dtype), alpha=-1)
-        if factors.b is not None and factors.a is not None:
-            weight = torch.addmm(weight, factors.b.to(dtype), factors.a.to(dtype))
+    with exact_float32(weight.device):
+        for factors in adapters:
+            if factors.is_nothing:
+                continue
+            dtype = torch.promote_types(torch.promote_types(weight.dtype, factors.b0.dtype), torch.float32)
+            weight = torch.addmm(weight.to(dtype), factors.b0.to(dtype), factors.a0.to(dtype), alpha=-1)
+            if factors.b is not None and factors.a is not None:
+                weight = torch.addmm(weight, factors.b.to(dtype), factors.a.to(dtype))
     return weight
 
 
@@ -82,3 +77,16 @@ def adapter_output(x: Tensor, factors: Factors) -> Tensor:
     left = torch.cat([b.to(b0.dtype), -b0], dim=1)
     right = torch.cat([a.to(a0.dtype), a0], dim=0)
     return F.linear(F.linear(x, right), left)
+
+
+def trained_output(x: Tensor, factors: Factors) -> Tensor:
+    """What training has put in place of the removed components, B (A x): (..., m) of x (..., n).
+
+    Args:
+        x: Input, of the dtype of B0 and A0.
+        factors: The adapter's factors; `b` and `a` are not `None`.
+    """
+    b0, a0, b, a = factors
+    assert b is not None
+    assert a is not None
+    return F.linear(F.linear(x, a.to(a0.dtype)), b.to(b0.dtype))

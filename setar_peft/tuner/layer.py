@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from setar_peft.decomposition import Residual, decompose, residual_rank, tensor_digest
-from setar_peft.tuner.base_weight import SavedBaseWeight
+from setar_peft.tuner.base_weight import SavedBaseWeight, check_mergeable, original_matrix
 from setar_peft.tuner.checkpoint import check_base
 from setar_peft.tuner.forward import Factors, effective_weight
+from setar_peft.tuner.kept_weight import KeptWeight
 
 
 class SplitSettings(NamedTuple):
@@ -60,18 +61,24 @@ class SeTARLayer(BaseTunerLayer):
         setar_ratio: Adapter name -> rank ratio, ().
         setar_B: Adapter name -> trained factor B, (m, r); only of fine-tuned adapters.
         setar_A: Adapter name -> trained factor A, (r, n); only of fine-tuned adapters.
+        keeps_weight: Whether W - B0 A0 is formed once and kept, which makes a training-free layer as fast as its base
+            and costs the memory of one more weight a layer. Set it to False on the class, or on a layer, to save that
+            memory: every token is then multiplied by W, A0 and B0.
     """
+
+    keeps_weight: bool = True
 
     adapter_layer_names: tuple[str, ...] = ("setar_A", "setar_B")
     other_param_names: tuple[str, ...] = ("setar_A0", "setar_B0", "setar_ratio")
 
     # torch types what it does not know of a module as "Tensor | Module".
-    base_layer: Any
+    _modules: Any
     active_adapters: Any
     _cast_input_dtype: Any
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
-        self.base_layer = base_layer
+        self._kept_weight = KeptWeight()
+        self._modules["base_layer"] = base_layer
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
@@ -93,6 +100,17 @@ class SeTARLayer(BaseTunerLayer):
                 "target torch.nn.Linear or transformers' Conv1D layers."
             )
         self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def base_layer(self) -> Any:
+        """The layer that the adapters are on. Whoever asks for it may be about to write to it."""
+        if not torch.compiler.is_compiling():
+            self._kept_weight.doubt()
+        return self._base
+
+    @property
+    def _base(self) -> Any:
+        return self._modules["base_layer"]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -221,15 +239,25 @@ class SeTARLayer(BaseTunerLayer):
             adapter_names: Adapters to merge; the active ones by default.
 
         Raises:
-            ValueError: If the weight is not finite (`safe_merge`), or its backend cannot be merged into. The layer
-                is then unchanged.
+            ValueError: If the weight is not finite (`safe_merge`), or the base cannot be merged into (its quantisation
+                backend, a shard, a weight that is computed or offloaded). The layer is then unchanged.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.setar_ratio]
         if not names:
             return
-        merged = self.merged_weight([*self.merged_adapters, *names], check_finite=safe_merge)
-        self._saved_base = self._saved_base or SavedBaseWeight(self)
-        self.set_base_weight(merged)
+        check_mergeable(self)
+        saved = self._saved_base
+        # Inference mode would leave tensors behind that no backward can use.
+        with torch.inference_mode(False), torch.no_grad():
+            if all(self.residual(name).rank == 0 for name in names):
+                pass  # most layers of a searched adapter: no second weight is worth it
+            elif saved is None or saved.is_written(self):
+                merged = self.merged_weight([*self.merged_adapters, *names], check_finite=safe_merge)
+                self._saved_base = saved or SavedBaseWeight(self)
+                self._saved_base.write(self, merged)
+            else:  # changed by others since, which a new start from what merging replaced would undo
+                self.set_base_weight(self._weight_with(self.base_matrix(), names, check_finite=safe_merge))
+        self._kept_weight.drop()
         self.merged_adapters.extend(names)
         self._warn_of_double_truncation(self.merged_adapters)
 
@@ -239,17 +267,12 @@ class SeTARLayer(BaseTunerLayer):
         Raises:
             ValueError: If it is not finite and `check_finite` is set, or if the base cannot be merged into.
         """
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise ValueError(
-                f"Weights quantised with {backend.backend_name} cannot be merged into. Keep the adapter unmerged, or "
-                "merge into the model in floating point."
-            )
-        if hasattr(self.weight, "full_tensor"):
-            raise ValueError("A sharded weight cannot be merged into. Merge before the model is sharded.")
-        base = self._original_matrix()
+        check_mergeable(self)
         with torch.no_grad():
-            merged = effective_weight(base, [self.factors(name) for name in adapter_names]).to(base.dtype)
+            return self._weight_with(original_matrix(self), adapter_names, check_finite=check_finite)
+
+    def _weight_with(self, base: Tensor, adapter_names: Sequence[str], *, check_finite: bool) -> Tensor:
+        merged = effective_weight(base, [self.factors(name) for name in adapter_names]).to(base.dtype)
         if check_finite and not torch.isfinite(merged).all():
             raise ValueError(
                 f"Merging {', '.join(adapter_names)} would store NaN or infinity in a weight; the adapter is broken. "
@@ -258,14 +281,47 @@ class SeTARLayer(BaseTunerLayer):
         return self._oriented(merged).contiguous()
 
     def unmerge(self) -> None:
-        """Put the base weight back as it was before merging, to the bit."""
+        """Take the merged adapters out of the base weight again.
+
+        What merging replaced comes back, to the bit. Where the weight has been written since by others, their change
+        stays: what merging added is subtracted instead, which is exact to rounding, and a warning says so.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._saved_base is not None:
-            self._saved_base.restore(self)
+        saved = self._saved_base
+        if saved is not None:
+            check_mergeable(self)
+        with torch.inference_mode(False), torch.no_grad():
+            if saved is None:
+                pass  # nothing but adapters of rank 0
+            elif saved.is_written(self):
+                saved.restore(self)
+            else:
+                warnings.warn(
+                    f"A base weight {self.shape} was changed while {', '.join(self.merged_adapters)} was merged into "
+                    "it. The change is kept and the adapter's part subtracted, which is exact only to rounding.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+                current = self.base_matrix()
+                weight = effective_weight(current, [self.factors(name).negated for name in self.merged_adapters])
+                saved.restore(self)
+                self.set_base_weight(self._oriented(weight.to(current.dtype)).contiguous())
         self._saved_base = None
         self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, bare, for PEFT's `unload` and `merge_and_unload`; adapters of other tuners go as ours do."""
+        layer: Any = self
+        while merge and isinstance(layer, BaseTunerLayer):
+            wanted = layer.active_adapters if adapter_names is None else adapter_names
+            if layer._get_available_adapters().intersection(wanted).difference(layer.merged_adapters):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return self.get_base_layer()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters (see `BaseTunerLayer.set_adapter`); warns where two training-free ones would add up."""
@@ -340,13 +396,3 @@ class SeTARLayer(BaseTunerLayer):
 
     def _oriented(self, matrix: Tensor) -> Tensor:
         return matrix.T if isinstance(self.get_base_layer(), Conv1D) else matrix
-
-    def _original_matrix(self) -> Tensor:
-        if self._saved_base is None:
-            return self.base_matrix()
-        merged = SavedBaseWeight(self)
-        self._saved_base.restore(self)
-        try:
-            return self.base_matrix()
-        finally:
-            merged.restore(self)

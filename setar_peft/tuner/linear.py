@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.utils import quantization_extra_repr
+from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from setar_peft.tuner.forward import Factors, adapter_output, effective_weight, formed_weight_is_cheaper
+from setar_peft.tuner.forward import Factors, adapter_output, trained_output
+from setar_peft.tuner.kept_weight import check_is_cheaper, may_be_gone_round
 from setar_peft.tuner.layer import SeTARLayer
 
 
@@ -42,31 +45,43 @@ class SeTARLinear(nn.Module, SeTARLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self._base(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.setar_ratio]
         if self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
-        adapters = [self.factors(name) for name in names]
-        if self._can_form_weight() and formed_weight_is_cheaper(x.numel() // max(1, x.shape[-1]), self.shape):
-            return self._forward_formed(x, adapters)
-        result = self.base_layer(x, *args, **kwargs)
+            return self._base(x, *args, **kwargs)
+        adapters = [factors for factors in map(self.factors, names) if not factors.is_nothing]
+        weight = None if args or kwargs or not adapters else self._kept_weight_of(adapters, x)
+        if weight is not None:
+            result = F.linear(x, weight, self._base.bias)
+            trained = [factors for factors in adapters if factors.b is not None]
+            return self._add(result, x, trained, trained_output)
+        result = self._base(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        return self._add(result, x, adapters)
+        return self._add(result, x, adapters, adapter_output)
 
-    def _can_form_weight(self) -> bool:
-        base = self.base_layer
-        plain = type(base).forward in (nn.Linear.forward, Conv1D.forward)
-        return plain and self.quantization_backend is None and not base._forward_hooks and not base._forward_pre_hooks
-
-    def _forward_formed(self, x: Tensor, adapters: Sequence[Factors]) -> Tensor:
-        base = self.base_layer
-        # Under autocast the product of the factors would be rounded before it is subtracted.
-        with torch.autocast(x.device.type, enabled=False):
-            weight = effective_weight(self._oriented(base.weight), adapters).to(base.weight.dtype)
-        return F.linear(x, weight, base.bias)
+    def _kept_weight_of(self, adapters: Sequence[Factors], x: Tensor) -> Tensor | None:
+        base = self._base
+        if self.quantization_backend is not None or not may_be_gone_round(base) or not self.keeps_weight:
+            return None
+        if any(factors.b0.is_inference() or factors.a0.is_inference() for factors in adapters):
+            return None  # nobody counts how often they are written
+        tokens, rank = x.numel() // max(1, x.shape[-1]), sum(factors.b0.shape[1] for factors in adapters)
+        if base.weight.device.type == "cpu" and not check_is_cheaper(tokens, rank, self.shape):
+            return None
+        try:
+            return self._kept_weight.of(base.weight, adapters, transposed=isinstance(base, Conv1D))
+        except torch.OutOfMemoryError:
+            self.keeps_weight = False
+            warnings.warn(
+                f"There is no memory to keep W - B0 A0 of a layer {self.shape}; the layer multiplies by W, B0 and A0 "
+                "instead, which is slower. Set keeps_weight = True on the layer to have it tried again.",
+                PeftWarning,
+                stacklevel=2,
+            )
+            return None
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(adapter_names) != len(x):
@@ -78,21 +93,23 @@ class SeTARLinear(nn.Module, SeTARLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        result = self.base_layer(x, *args, **kwargs).clone()
+        result = self._base(x, *args, **kwargs).clone()
         for name in dict.fromkeys(adapter_names):
             if name in self.setar_ratio:
                 rows = [row for row, other in enumerate(adapter_names) if other == name]
-                result[rows] = self._add(result[rows], x[rows], [self.factors(name)])
+                result[rows] = self._add(result[rows], x[rows], [self.factors(name)], adapter_output)
         return result
 
-    def _add(self, result: Tensor, x: Tensor, adapters: Sequence[Factors]) -> Tensor:
+    def _add(
+        self, result: Tensor, x: Tensor, adapters: Sequence[Factors], output: Callable[[Tensor, Factors], Tensor]
+    ) -> Tensor:
         dtype = result.dtype
         for factors in adapters:
             if not factors.is_nothing:
-                result = result + adapter_output(self._cast_input_dtype(x, factors.b0.dtype), factors)
+                result = result + output(self._cast_input_dtype(x, factors.b0.dtype), factors)
         return result.to(dtype)
 
-    # These two are here, and not in `SeTARLayer`, because there those of `nn.Module` would come first.
+    # These are here, and not in `SeTARLayer`, because there those of `nn.Module` would come first.
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in list(self._awaiting):
@@ -101,10 +118,19 @@ class SeTARLinear(nn.Module, SeTARLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeTARLinear:
-        if self._saved_base is not None:
-            self._saved_base.apply(fn)
+        self._kept_weight.drop()
+        saved = self._saved_base
+        is_written = saved is not None and saved.is_written(self)
+        if saved is not None:
+            saved.apply(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if saved is not None and is_written:
+            saved.remember(self)
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept_weight.drop()  # saving may need the memory
+        super()._save_to_state_dict(*args, **kwargs)
 
     def __repr__(self) -> str:
         return "setar." + super().__repr__()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner, _get_submodules
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_submodules, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -162,8 +162,8 @@ class SeTARModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, in every layer or in none (see `BaseTuner.merge_adapter`)."""
-        self._check_mergeable(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with self._all_or_none():
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
         self,
@@ -173,17 +173,30 @@ class SeTARModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_mergeable(adapter_names, safe_merge)
+            self._check_merge_allowed()
+            with self._all_or_none():
+                for layer in _layers(self.model).values():
+                    with onload_layer(layer):
+                        layer.unload_and_optionally_merge_module(True, safe_merge, adapter_names)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
-    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        for layer in _layers(self.model).values():
-            names = layer.active_adapters if adapter_names is None else adapter_names
-            backend = layer.quantization_backend
-            if safe_merge or (backend is not None and not backend.supports_merge):
-                layer.merged_weight([name for name in names if name in layer.setar_ratio], check_finite=safe_merge)
+    @contextmanager
+    def _all_or_none(self) -> Iterator[None]:
+        """Merges that fail on the way are taken back: every layer has merged what it had before."""
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, names in reversed(list(zip(layers, before, strict=True))):
+                if layer.merged_adapters != names:
+                    with onload_layer(layer):
+                        layer.unmerge()
+                        if names:
+                            layer.merge(adapter_names=names)
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

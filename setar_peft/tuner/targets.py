@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -24,7 +25,7 @@ def targeted_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Modul
         model: The model.
 
     Raises:
-        TypeError: If a target is no linear layer.
+        TypeError: If a target is no linear layer, or torch reads its weight and does not call it.
     """
     config = _maybe_include_all_linear_layers(config, model)
     targets: dict[str, nn.Module] = {}
@@ -44,8 +45,20 @@ def targeted_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Modul
                 f"{name} is a {type(base).__name__}; a SeTAR adapter goes on torch.nn.Linear and transformers' "
                 "Conv1D layers. Change target_modules or exclude_modules."
             )
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer) and _has_fast_path(parent):
+            raise TypeError(
+                f"{name} lies in a TransformerEncoderLayer, which in evaluation mode hands the layer's weight to a "
+                "fast path and does not call the layer, so that an adapter would have no effect. Call "
+                "torch.backends.mha.set_fastpath_enabled(False) first, or take the layer out of target_modules."
+            )
         targets[name] = module
     return targets
+
+
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
+    # What torch asks for beside this changes from call to call.
+    return torch.backends.mha.get_fastpath_enabled() and layer.self_attn.batch_first
 
 
 def resolve_rank_ratios(rank_ratios: float | Mapping[str, float], targets: Iterable[str]) -> dict[str, float]:

@@ -109,6 +109,7 @@ def _sharded(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     fully_shard(model)
     _train(model, inputs(8)[rank * 4 : rank * 4 + 4])
     layer = next(module for module in model.modules() if isinstance(module, SeTARLayer))
+    assert layer._kept_weight._weight is None  # whole weights would undo the sharding
     try:
         layer.merge()
     except ValueError as error:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils.warning import PeftWarning
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from setar_peft import SeTARConfig
 from setar_peft.decomposition import decompose
 from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
+from tests.tuner.models import MLP, inputs, snapshot
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SETTINGS = SplitSettings(0.4, "minor", 0, "block.fc")
@@ -137,6 +141,209 @@ def test_moving_a_merged_layer_moves_the_kept_weight_with_it() -> None:
     layer.unmerge()
     assert layer.base_layer.weight.dtype == torch.float64
     assert torch.equal(layer.base_layer.weight, weight.double())
+
+
+class TestTiedWeights:
+    """Two layers and an embedding that share one parameter: merging into one is nothing to the others."""
+
+    def _model(self) -> nn.ModuleDict:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"a": nn.Linear(12, 12), "b": nn.Linear(12, 12), "words": nn.Embedding(12, 12)})
+        model["b"].weight = model["words"].weight = model["a"].weight
+        return model.requires_grad_(False)
+
+    def _output(self, model: nn.ModuleDict) -> torch.Tensor:
+        return model["b"](torch.relu(model["a"](model["words"](torch.arange(12)))))
+
+    @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+    def test_merging_is_exact_both_ways(self, order: tuple[str, str]) -> None:
+        model = self._model()
+        weight, bits = model["a"].weight, _bits(model["a"].weight)
+        peft_model = get_peft_model(model, SeTARConfig(rank_ratios={"a": 0.3, "b": 0.6}))
+        adapted = self._output(model)
+        for name in ("a", "b"):
+            model[name].merge()
+        torch.testing.assert_close(self._output(model), adapted)
+        assert torch.equal(_bits(model["words"].weight), bits)
+        twin = copy.deepcopy(model)
+        for each in (model, twin):
+            for name in order:
+                each[name].unmerge()
+            assert each["a"].weight is each["b"].weight is each["words"].weight
+            assert torch.equal(_bits(each["a"].weight), bits)
+        assert model["a"].weight is weight
+        peft_model.merge_and_unload()
+        torch.testing.assert_close(self._output(model), adapted)
+
+    def test_moving_while_merged(self) -> None:
+        model = self._model()
+        weight = model["a"].weight.clone()
+        peft_model = get_peft_model(model, SeTARConfig(rank_ratios={"a": 0.3, "b": 0.6}))
+        peft_model.merge_adapter()
+        peft_model.double()
+        peft_model.unmerge_adapter()
+        assert model["a"].weight is model["words"].weight
+        assert torch.equal(model["a"].weight, weight.double())
+
+
+class TestBesideOtherTuners:
+    @pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
+    @pytest.mark.parametrize("setar_first", [False, True])
+    @pytest.mark.parametrize("merge_outer_first", [False, True])
+    @pytest.mark.parametrize("unmerge_outer_first", [False, True])
+    @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+    def test_merging_in_any_order(
+        self, kind: str, setar_first: bool, merge_outer_first: bool, unmerge_outer_first: bool
+    ) -> None:
+        model, x = MLP().requires_grad_(False), inputs()
+        other = (
+            LoraConfig(r=3, target_modules=["fc1"], init_lora_weights=False)
+            if kind == "LoRA"
+            else LoHaConfig(r=3, target_modules=["fc1"], init_weights=False)
+        )
+        configs = [SeTARConfig(rank_ratios=0.3, target_modules=["fc1"]), other]
+        for config in configs if setar_first else reversed(configs):
+            inject_adapter_in_model(config, model)
+        outer, inner = model.fc1, model.fc1.base_layer
+        assert isinstance(inner, SeTARLinear) is setar_first
+        adapted, weight = model(x), outer.get_base_layer().weight.clone()
+        for layer in (outer, inner) if merge_outer_first else (inner, outer):
+            layer.merge()
+            torch.testing.assert_close(model(x), adapted)
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            for layer in (outer, inner) if unmerge_outer_first else (inner, outer):
+                layer.unmerge()
+                torch.testing.assert_close(model(x), adapted)
+        torch.testing.assert_close(outer.get_base_layer().weight, weight, rtol=0, atol=1e-6)
+        setar_merged_last = merge_outer_first is setar_first
+        setar_unmerged_first = unmerge_outer_first is not setar_first
+        exact = setar_merged_last and setar_unmerged_first
+        assert [str(each.message)[:24] for each in record] == ([] if exact else ["A base weight (16, 12) w"])
+
+    @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+    @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+    def test_unloading_merges_what_lies_beneath(self) -> None:
+        below = get_peft_model(MLP(), LoraConfig(r=3, target_modules=["fc1"], init_lora_weights=False))
+        model = get_peft_model(below.get_base_model(), SeTARConfig(rank_ratios={"fc1": 0.3}))
+        expected = model(inputs())
+        plain = model.merge_and_unload()
+        assert type(plain.fc1) is nn.Linear
+        torch.testing.assert_close(plain(inputs()), expected)
+
+
+class TestChangedWhileMerged:
+    """A change of the weight while an adapter is merged into it is not undone."""
+
+    @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+    @pytest.mark.parametrize("how", ["load_state_dict", "assign", "in place", "past the counter"])
+    @pytest.mark.parametrize("finetune", [False, True])
+    def test_the_adapter_is_taken_off(self, kind: str, how: str, finetune: bool) -> None:
+        layer = _layer(kind, finetune=finetune, init_weights=False)
+        before = layer.base_layer.weight.detach().clone()
+        layer.merge()
+        change = torch.randn_like(before)
+        changed = layer.base_layer.weight.detach() + change
+        if how == "in place":
+            with torch.no_grad():
+                layer.base_layer.weight.add_(change)
+        elif how == "past the counter":
+            layer.base_layer.weight.data += change
+        else:
+            layer.load_state_dict({**layer.state_dict(), "base_layer.weight": changed}, assign=how == "assign")
+        with pytest.warns(PeftWarning, match="was changed while default was merged") as record:
+            layer.unmerge()
+        assert "exact only to rounding" in str(record[0].message)
+        torch.testing.assert_close(layer.base_layer.weight.detach(), before + change)
+        layer.merge()  # nothing is remembered of it
+        layer.unmerge()
+        torch.testing.assert_close(layer.base_layer.weight.detach(), before + change)
+
+    def test_merging_another_adapter_keeps_the_change(self) -> None:
+        layer = _layer()
+        _add(layer, "other", SplitSettings(0.3, "principal", 0, "block.fc"), finetune=True, init_weights=False)
+        before = layer.base_layer.weight.detach().clone()
+        layer.merge(adapter_names=["default"])
+        layer.base_layer.weight.data += 1
+        with pytest.warns(UserWarning, match="additionally merging other"):
+            layer.merge(adapter_names=["other"])
+        with pytest.warns(PeftWarning, match="default, other"):
+            layer.unmerge()
+        torch.testing.assert_close(layer.base_layer.weight.detach(), before + 1)
+
+    def test_the_same_values_are_no_change(self) -> None:
+        layer = _layer()
+        bits = _bits(layer.base_layer.weight)
+        layer.merge()
+        layer.load_state_dict(layer.state_dict())
+        layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().clone(), requires_grad=False)
+        layer.unmerge()
+        assert torch.equal(_bits(layer.base_layer.weight), bits)
+
+
+class TestAllOrNone:
+    def _broken(self) -> PeftModel:
+        model = get_peft_model(MLP(), SeTARConfig(rank_ratios={"fc1": 0.3, "fc2": 0.3, "head": 0.5}))
+        model.base_model.model.head.setar_B0["default"][0, 0] = torch.nan
+        return model
+
+    @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+    def test_a_layer_that_fails_takes_the_others_back(self, merge: str) -> None:
+        model = self._broken()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            getattr(model, merge)(safe_merge=True)
+        after = snapshot(model)
+        assert after["parameters"] == before["parameters"]
+        assert after["modules"] == before["modules"]
+        names = [name for name in before["state"] if "head.setar" not in name]
+        assert all(torch.equal(before["state"][name], after["state"][name]) for name in names)
+
+    def test_what_was_merged_before_stays(self) -> None:
+        model = self._broken()
+        model.add_adapter("other", SeTARConfig(rank_ratios={"fc1": 0.5}, finetune=True, init_weights=False))
+        model.merge_adapter(["other"])
+        merged = model.base_model.model.fc1.weight.detach().clone()
+        with (
+            pytest.warns(UserWarning, match="additionally merging default"),
+            pytest.raises(ValueError, match="NaN or infinity"),
+        ):
+            model.merge_adapter(["default"], safe_merge=True)
+        assert model.base_model.model.fc1.merged_adapters == ["other"]
+        assert torch.equal(model.base_model.model.fc1.weight, merged)
+        assert not model.base_model.model.fc2.merged
+
+
+def test_merging_in_inference_mode_leaves_what_can_be_trained() -> None:
+    layer = _layer(finetune=True)
+    layer.base_layer.requires_grad_(False)
+    x = torch.randn(3, 20, requires_grad=True)
+    with torch.inference_mode():
+        layer.merge()
+    layer(x).sum().backward()
+    with torch.inference_mode():
+        layer.unmerge()
+    layer(x).sum().backward()
+    assert layer.setar_B["default"].grad is not None
+
+
+def test_merging_nothing_takes_no_memory() -> None:
+    layer = SeTARLinear(_base("Linear"), "default")
+    _add(layer, "default", SETTINGS._replace(rank_ratio=0.0))
+    weight = layer.base_layer.weight
+    layer.merge()
+    assert layer.merged
+    assert layer.base_layer.weight is weight
+    layer.unmerge()
+    assert not layer.merged
+
+
+def test_a_weight_on_the_meta_device_is_not_merged_into() -> None:
+    layer = _layer()
+    layer.base_layer.to("meta")
+    with pytest.raises(ValueError, match="on the meta device") as error:
+        layer.merge()
+    assert "merge_adapter() and unmerge_adapter() of the model" in str(error.value)
 
 
 def test_a_copy_of_a_merged_layer_unmerges_on_its_own() -> None:

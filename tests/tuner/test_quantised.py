@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from setar_peft import SeTARConfig
 from setar_peft.decomposition import decompose
+from setar_peft.tuner import kept_weight
 from setar_peft.tuner import layer as layer_module
-from setar_peft.tuner import linear
 
 pytestmark = [
     # The backends' own, on import and on use.
@@ -86,13 +86,11 @@ def test_the_dequantised_weight_is_split_and_the_base_is_not_touched(quantised: 
         assert torch.equal(model(_inputs()), expected)
 
 
-def test_takes_the_factored_path_at_any_size(
-    quantised: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object) -> None:
+def test_takes_the_factored_path(quantised: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("a quantised weight was formed")
 
-    monkeypatch.setattr(linear, "effective_weight", fail)
+    monkeypatch.setattr(kept_weight, "effective_weight", fail)
     model = get_peft_model(quantised(), SeTARConfig(rank_ratios=RATIOS))
     assert torch.isfinite(model(_inputs(1000))).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -118,6 +119,37 @@ class TestRefusals:
         model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
         with pytest.raises(TypeError, match=r"attention\.out_proj"):
             get_peft_model(model, SeTARConfig(rank_ratios=0.2, target_modules=["out_proj"]))
+
+    def test_a_linear_layer_whose_weight_torchs_fast_path_reads(self) -> None:
+        def encoder(batch_first: bool) -> nn.Module:
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=batch_first)
+            return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+        config, x = SeTARConfig(rank_ratios=0.4, target_modules=["linear1", "linear2"]), torch.randn(3, 5, 16)
+        with pytest.raises(TypeError, match=r"layers\.0\.linear1 lies in a TransformerEncoderLayer") as error:
+            get_peft_model(encoder(True), config)
+        assert "set_fastpath_enabled(False)" in str(error.value)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            models = [get_peft_model(encoder(batch_first), copy.copy(config)).eval() for batch_first in (True, False)]
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        for model, enabled in zip(models, (False, True), strict=True):
+            argument = x.transpose(0, 1) if enabled else x
+            torch.backends.mha.set_fastpath_enabled(enabled)
+            try:
+                with torch.no_grad():
+                    adapted = model(argument)
+                    model.merge_adapter()
+                    merged = model(argument)
+                    model.unmerge_adapter()
+                    with model.disable_adapter():
+                        base = model(argument)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+            torch.testing.assert_close(adapted, merged)
+            assert (adapted - base).abs().max() > 1e-3
 
     def test_targets_that_match_nothing(self) -> None:
         model = MLP()
