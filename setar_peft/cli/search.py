@@ -20,7 +20,8 @@ from setar_peft.objectives.patch_metric import PatchMetric
 from setar_peft.search.estimate import estimate_cost
 from setar_peft.search.processes import Processes, own_device
 from setar_peft.search.run import search_rank_ratios
-from setar_peft.tuner.config import CRITERIA, DEFAULT_CANDIDATES, ORDERS, SeTARConfig
+from setar_peft.tuner.config import DEFAULT_CANDIDATES, SeTARConfig
+from setar_peft.tuner.config_checks import CRITERIA, ORDERS
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _METRICS = get_args(PatchMetric)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from setar_peft import SeTARConfig
 from setar_peft.decomposition import Residual, decompose
-from setar_peft.tuner.checkpoint import check_adapter_tensors, check_base
+from setar_peft.tuner.checkpoint import TensorFacts, check_adapter_tensors, check_base
 from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, assert_unchanged, inputs, snapshot
@@ -33,10 +33,14 @@ def _tensors(finetune: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
+def _facts(tensors: dict[str, Tensor]) -> dict[str, TensorFacts]:
+    return {name: TensorFacts.of(tensor) for name, tensor in tensors.items()}
+
+
 class TestTensors:
     @pytest.mark.parametrize("finetune", [False, True])
     def test_shapes_of_the_weights_are_told(self, finetune: bool) -> None:
-        assert check_adapter_tensors(_tensors(finetune), RATIOS, finetune=finetune) == {
+        assert check_adapter_tensors(_facts(_tensors(finetune)), RATIOS, finetune=finetune) == {
             "fc1": (16, 12),
             "fc2": (12, 16),
         }
@@ -48,7 +52,7 @@ class TestTensors:
             "head.setar_A0": torch.zeros(0, 12),
             "head.setar_ratio": torch.tensor(0.0),
         }
-        check_adapter_tensors(tensors, {**RATIOS, "head": 0.0}, finetune=True)
+        check_adapter_tensors(_facts(tensors), {**RATIOS, "head": 0.0}, finetune=True)
 
     @pytest.mark.parametrize(
         ("damage", "fragments"),
@@ -68,6 +72,10 @@ class TestTensors:
             (lambda t: t[f"{PREFIX}fc2.setar_B0"].fill_(torch.nan), ["fc2.setar_B0", "finite"]),
             (lambda t: t[f"{PREFIX}fc2.setar_A0"].fill_(torch.inf), ["fc2.setar_A0", "finite"]),
             (lambda t: t.update({f"{PREFIX}fc1.setar_B0": torch.ones(16, 3).int()}), ["fc1.setar_B0", "torch.int32"]),
+            (
+                lambda t: t.update({f"{PREFIX}fc1.setar_B0": torch.ones(16, 3).to(torch.float8_e4m3fn)}),
+                ["fc1.setar_B0", "torch.float8_e4m3fn", "bfloat16"],
+            ),
         ],
     )  # fmt: skip
     def test_what_contradicts_the_config_is_named(
@@ -76,14 +84,14 @@ class TestTensors:
         tensors = _tensors()
         damage(tensors)
         with pytest.raises(ValueError, match=r"\w") as error:
-            check_adapter_tensors(tensors, RATIOS, finetune=False)
+            check_adapter_tensors(_facts(tensors), RATIOS, finetune=False)
         assert all(fragment in str(error.value) for fragment in fragments), error.value
 
     def test_a_trained_factor_of_another_shape(self) -> None:
         tensors = _tensors(finetune=True)
         tensors[f"{PREFIX}fc1.setar_B"] = torch.ones(16, 4)
         with pytest.raises(ValueError, match=r"fc1\.setar_B has shape \(16, 4\); expected \(16, 3\)"):
-            check_adapter_tensors(tensors, RATIOS, finetune=True)
+            check_adapter_tensors(_facts(tensors), RATIOS, finetune=True)
 
 
 class TestFiles:
@@ -141,14 +149,13 @@ class TestBase:
 
     def test_says_nothing_of_the_right_one(self) -> None:
         layer, residual = self._layer()
-        check_base([("fc1", layer, residual)], strict=True)
-        rounded = SeTARLinear(layer.base_layer.bfloat16(), "default")
-        check_base([("fc1", rounded, residual)], strict=True)
+        check_base([("fc1", layer.weight, residual)], strict=True)
+        check_base([("fc1", layer.weight.bfloat16(), residual)], strict=True)
 
     def test_names_each_misfit_with_its_value(self) -> None:
         (first, right), (second, _) = self._layer(), self._layer(1)
         with pytest.raises(ValueError, match="another base model") as error:
-            check_base([("fc1", first, right), ("fc2", second, right)], strict=True)
+            check_base([("fc1", first.weight, right), ("fc2", second.weight, right)], strict=True)
         assert "fc2: " in str(error.value)
         assert "fc1: " not in str(error.value)
 
@@ -157,11 +164,11 @@ class TestBase:
         layer, residual = self._layer()
         layer.base_layer.weight.data = decompose(layer.base_layer.weight).kept(0.25)
         with pytest.raises(ValueError, match=r"fc1: -?0\.00"):
-            check_base([("fc1", layer, residual)], strict=True)
+            check_base([("fc1", layer.weight, residual)], strict=True)
 
     def test_an_empty_residual_fits_any(self) -> None:
         layer, _ = self._layer()
-        check_base([("fc1", layer, Residual(torch.zeros(16, 0), torch.zeros(0, 12)))], strict=True)
+        check_base([("fc1", layer.weight, Residual(torch.zeros(16, 0), torch.zeros(0, 12)))], strict=True)
 
 
 def test_a_loaded_adapter_is_what_was_saved(tmp_path: Path) -> None:
