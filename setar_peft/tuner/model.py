@@ -392,7 +392,9 @@ def _own_copy(given: SeTARConfig) -> SeTARConfig:
     load = CURRENT.get()
     if load is None or not config.factors_saved or not isinstance(config.rank_ratios, dict):
         return config
-    config.rank_ratios = load.by_module(config.rank_ratios)
+    ratios = load.by_module(config.rank_ratios)
+    if ratios != config.rank_ratios:
+        config.rank_ratios, config.target_modules = ratios, set(ratios)
     if config.saved_shapes is not None:
         shapes, others = config.saved_shapes
         config.saved_shapes = SavedShapes(

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -48,8 +49,8 @@ def wrap_loading() -> None:
         self: Any, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         name, strict = adapter_name or "default", kwargs.pop("strict_base", None)
-        mapping = getattr(kwargs.get("load_config"), "weight_mapping", None) or kwargs.get("weight_mapping") or []
-        with _load(self, name, strict, _conversions_as_rename(mapping)) as load:
+        mapping = getattr(kwargs.get("load_config"), "weight_mapping", None) or kwargs.get("weight_mapping")
+        with _load(self, name, strict, _conversions_as_rename(mapping, self)) as load:
             info = by_transformers(self, peft_model_id, adapter_name, *args, **kwargs)
             config = self.peft_config.get(name)
             if load is not None and isinstance(config, SeTARConfig):
@@ -90,7 +91,15 @@ def _configs(base: nn.Module) -> Mapping[str, Any]:
     return configs if isinstance(configs, Mapping) else {}
 
 
-def _conversions_as_rename(conversions: list[Any]) -> Callable[[str], str]:
+def _conversions_as_rename(conversions: list[Any] | None, model: Any) -> Callable[[str], str]:
+    """What transformers renames the tensors of a file with; as there, a name that the model has stays as it is."""
+    conversions = conversions or get_model_conversion_mapping(model)
     renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
     converters = [item for item in conversions if isinstance(item, WeightConverter)]
-    return lambda name: rename_source_key(name, renamings, converters)[0]
+    modules = {name for name, _ in model.named_modules()}
+
+    def rename(name: str) -> str:
+        known = name.rpartition(".")[0] in modules
+        return name if known else rename_source_key(name, renamings, converters)[0]
+
+    return rename

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from setar_peft import SeTARConfig
 from setar_peft.decomposition import Residual, decompose
-from setar_peft.tuner.checkpoint import TensorFacts, check_adapter_tensors, check_base
+from setar_peft.tuner import adapter_file
+from setar_peft.tuner.checkpoint import TensorFacts, all_finite, check_adapter_tensors, check_base
 from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, assert_unchanged, inputs, snapshot
@@ -175,3 +177,35 @@ def test_a_loaded_adapter_is_what_was_saved(tmp_path: Path) -> None:
     model = get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS))
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(MLP(), tmp_path)(inputs()), model(inputs()))
+
+
+class TestFindingTheFile:
+    def test_a_hub_that_does_not_answer_is_no_missing_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreachable(repo: str, name: str, **settings: object) -> str:
+            raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub.")
+
+        monkeypatch.setattr(adapter_file, "hf_hub_download", unreachable)
+        with pytest.raises(ValueError, match="not in the local cache, and the Hub could not be asked") as error:
+            adapter_file.find_adapter_file("user/adapter", None)
+        assert "adapter_model.safetensors of user/adapter" in str(error.value)
+        assert "has an adapter_config.json of a saved adapter, but no" not in str(error.value)
+
+    def test_no_file_in_the_repository(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def absent(repo: str, name: str, **settings: object) -> str:
+            raise EntryNotFoundError("404")
+
+        monkeypatch.setattr(adapter_file, "hf_hub_download", absent)
+        with pytest.raises(ValueError, match=r"but no adapter_model\.safetensors"):
+            adapter_file.find_adapter_file("user/adapter", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite(dtype: torch.dtype) -> None:
+    for size in (0, 1, 7, 5000):
+        tensor = torch.ones(size, dtype=dtype)
+        assert all_finite(tensor)
+        for value in (torch.nan, torch.inf, -torch.inf):
+            for place in {0, size // 2, size - 1} if size else ():
+                damaged = tensor.clone()
+                damaged[place] = value
+                assert not all_finite(damaged)
