@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,9 @@ def measure_round(
 
         seconds[f"training step, {FEW} images"] = timer(step)
     if load:
-        fresh = copy.deepcopy(base)
-        seconds["load"] = timer(lambda: PeftModel.from_pretrained(fresh, saved))
+        for step, low in (("load", False), ("load, low_cpu_mem_usage", True)):
+            fresh = copy.deepcopy(base)
+            seconds[step] = timer(partial(PeftModel.from_pretrained, fresh, saved, low_cpu_mem_usage=low))
     with tempfile.TemporaryDirectory() as folder:
         seconds["save"] = timer(lambda: model.save_pretrained(folder))
     if name != "OSF":  # which forgets the base weight, and refuses to unmerge

@@ -190,7 +190,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def base_agreement(weight: Tensor, residual: Residual) -> float:
-    """How well a residual's eight strongest components fit a weight: <B0 A0, W> / ||B0 A0||^2 over them.
+    """How well a residual's four strongest components fit a weight: <B0 A0, W> / ||B0 A0||^2 over them.
 
     It is 1 for the weight that the residual came from and near 0 for an unrelated one; NaN for an empty residual, and
     not finite where a value is not or overflows. The product B0 A0 is never formed.
@@ -212,7 +212,7 @@ def is_rounding_noise(weight: Tensor, residual: Residual) -> bool:
     return bool(norm <= 1e-6 * torch.linalg.vector_norm(weight.detach().to(b0.dtype)))
 
 
-def _strongest(residual: Residual, device: torch.device, count: int = 8) -> Residual:
+def _strongest(residual: Residual, device: torch.device, count: int = 4) -> Residual:
     dtype = torch.float64 if residual.b0.dtype == torch.float64 else torch.float32
     b0, a0 = residual.b0.detach()[:, :count], residual.a0.detach()[:count]
     return Residual(b0.to(device, dtype), a0.to(device, dtype))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
+
+from peft.utils.warning import PeftWarning
 
 from setar_peft.decomposition import PRUNE_STRATEGIES, check_rank_ratio
 
@@ -56,10 +59,12 @@ def check_targets(config: Any) -> None:
         raise ValueError(f"prune is {config.prune!r}; give one of {', '.join(map(repr, PRUNE_STRATEGIES))}.")
     if not _is_integer(config.seed) or config.seed < 0:
         raise ValueError(f"seed is {config.seed!r}; give an integer of 0 or more.")
-    if not config.init_weights and not config.finetune:
-        raise ValueError(
-            "init_weights is False, but finetune is too: without fine-tuning there are no factors B, A to draw at "
-            "random. Set finetune=True, or leave init_weights out."
+    # PEFT's own tests set it for every method, so that it is no error.
+    if not config.init_weights and not config.finetune and not config.factors_saved:
+        warnings.warn(
+            "init_weights=False changes nothing without finetune=True: there are no factors B, A to draw at random.",
+            PeftWarning,
+            stacklevel=2,
         )
     if config.objective is not None and config.rank_ratios is not None:
         raise ValueError(

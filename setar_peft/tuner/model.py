@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _get_submodules, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import Tensor, nn
 
 from setar_peft.backbones import default_target_modules
@@ -30,6 +30,7 @@ from setar_peft.tuner.config import SeTARConfig, objective_settings
 from setar_peft.tuner.layer import SeTARLayer, SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from setar_peft.tuner.loading import CURRENT, plain_name
+from setar_peft.tuner.removal import adapter_layers, remove_adapter
 from setar_peft.tuner.targets import resolve_rank_ratios, targeted_modules
 
 
@@ -67,6 +68,8 @@ class SeTARModel(BaseTuner):
         self._expects_file = CURRENT.get() is not None or low_cpu_mem_usage or nn.LayerNorm(1).weight.is_meta
         # Everything that can fail on the user's input is computed before the first module is replaced.
         self._residuals: dict[str, Residual] = {}
+        self._new_layers: dict[str, SeTARLinear] = {}
+        self._adding = adapter_name
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
             config = self.peft_config[adapter_name] = _own_copy(given)
@@ -76,7 +79,7 @@ class SeTARModel(BaseTuner):
             remove_adapter(model, adapter_name, trainable)
             raise
         finally:
-            self._residuals, self._saved_ratios = {}, {}
+            self._residuals, self._new_layers, self._saved_ratios = {}, {}, {}
         settings = objective_settings(config.objective) or config.card.objective
         config.card = replace(config.card, objective=settings)
         config.objective, config.known_splits = None, {}
@@ -126,9 +129,15 @@ class SeTARModel(BaseTuner):
         if isinstance(ratios, dict):
             ratios = {plain_name(name): ratio for name, ratio in ratios.items()}
         peft_config.rank_ratios = resolve_rank_ratios(ratios, map(plain_name, targets))
-        layers = {
-            plain_name(name): module if isinstance(module, SeTARLayer) else self._new_layer(module, "unused")
+        settings = get_quantization_kwargs(self.model)
+        self._new_layers = {
+            plain_name(name): SeTARLinear(module, self._adding, **settings)
             for name, module in targets.items()
+            if not isinstance(module, SeTARLayer)
+        }
+        layers = {
+            name: module if isinstance(module, SeTARLayer) else self._new_layers[name]
+            for name, module in zip(map(plain_name, targets), targets.values(), strict=True)
         }
         if peft_config.saved_shapes is not None and CURRENT.get() is not None:
             shapes, others = peft_config.saved_shapes
@@ -165,7 +174,7 @@ class SeTARModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SeTARLayer) else self._new_layer(target, adapter_name)
+        layer = target if isinstance(target, SeTARLayer) else self._new_layers[plain_name(current_key)]
         layer.update_layer(
             adapter_name,
             self._settings(peft_config, plain_name(current_key)),
@@ -180,12 +189,6 @@ class SeTARModel(BaseTuner):
             # Not by PEFT's `_replace_module`, which moves the layer to its base's device: it is there, and on an 8-bit
             # base that fails on the placeholders of `low_cpu_mem_usage`.
             setattr(parent, target_name, layer)
-
-    def _new_layer(self, target: nn.Module, adapter_name: str) -> SeTARLinear:
-        return SeTARLinear(target, adapter_name, **self._backend_kwargs())
-
-    def _backend_kwargs(self) -> dict[str, Any]:
-        return get_quantization_kwargs(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, in every layer or in none (see `BaseTuner.merge_adapter`)."""
@@ -206,7 +209,7 @@ class SeTARModel(BaseTuner):
         )
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        for layer in _layers(self.model).values():
+        for layer in adapter_layers(self.model).values():
             names = layer.active_adapters if adapter_names is None else adapter_names
             backend = layer.quantization_backend
             if safe_merge or (backend is not None and not backend.supports_merge):
@@ -245,7 +248,7 @@ class SeTARModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for layer in _layers(self.model).values():
+        for layer in adapter_layers(self.model).values():
             for kind in ("setar_A", "setar_B"):
                 factors = getattr(layer, kind)
                 if adapter_name in factors and layer.weight.is_floating_point():
@@ -255,7 +258,7 @@ class SeTARModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        for name, layer in _layers(model).items():
+        for name, layer in adapter_layers(model).items():
             if adapter_name in layer.setar_ratio:
                 layer.residual(adapter_name)
             # PEFT saves the base weight of an output layer that is adapted (`lm_head`). It is not the adapter's, and
@@ -334,39 +337,6 @@ class SeTARModel(BaseTuner):
         )
 
 
-def remove_adapter(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
-    """Take an adapter out of a model; a layer that is left without one becomes the base layer again.
-
-    Args:
-        model: The base model.
-        adapter_name: Name of the adapter.
-        trainable: Names of the parameters that required gradients before the adapter came.
-    """
-    for name, layer in _layers(model).items():
-        for container_name in layer.adapter_layer_names + layer.other_param_names:
-            container = getattr(layer, container_name)
-            if adapter_name in container:
-                del container[adapter_name]
-        if not len(layer.setar_ratio):
-            parent, _, target_name = _get_submodules(model, name)
-            setattr(parent, target_name, layer.base_layer)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            del module.modules_to_save[adapter_name]
-            if not len(module.modules_to_save):
-                parent, _, target_name = _get_submodules(model, name)
-                setattr(parent, target_name, module.original_module)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(name in trainable)
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    if not configs:
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        vars(model).pop("_hf_peft_config_loaded", None)  # set by transformers beforehand; its class says False
-
-
 def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, names: list[str], beams: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -407,10 +377,6 @@ def _adapted(model: nn.Module, adapter_name: str) -> dict[str, SeTARLayer]:
     """The layers that have an adapter, by the names that their modules have in the base model."""
     return {
         plain_name(name).removeprefix("base_model.model."): layer
-        for name, layer in _layers(model).items()
+        for name, layer in adapter_layers(model).items()
         if adapter_name in layer.setar_ratio
     }
-
-
-def _layers(model: nn.Module) -> dict[str, SeTARLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SeTARLayer)}

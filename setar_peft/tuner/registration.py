@@ -19,7 +19,8 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.loading import CURRENT, Load, key_mapping_as_rename
-from setar_peft.tuner.model import SeTARModel, remove_adapter
+from setar_peft.tuner.model import SeTARModel
+from setar_peft.tuner.removal import remove_adapter
 
 
 def wrap_loading() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from peft import PeftConfig, get_peft_model
+from peft.utils.warning import PeftWarning
 from torch import nn
 
 from setar_peft import SeTARConfig
@@ -53,7 +54,6 @@ def test_defaults_are_the_papers() -> None:
         ("rank_ratios", {"fc1": float("nan")}, ["rank_ratios['fc1']", "nan"]),
         ("rank_ratios", {3: 0.2}, ["key 3"]),
         ("rank_ratios", {}, ["empty mapping"]),
-        ("init_weights", False, ["init_weights is False", "finetune=True"]),
         ("known_splits", {"fc1": 1}, ["known_splits", "leave it out"]),
         ("saved_shapes", [], ["saved_shapes", "leave it out"]),
         ("factors_saved", 1, ["factors_saved", "True or False"]),
@@ -81,6 +81,11 @@ def test_a_wrong_value_is_named(field: str, value: Any, fragments: list[str]) ->
     with pytest.raises(ValueError, match=r"\w+") as error:
         SeTARConfig(**{field: value})
     assert all(fragment in str(error.value) for fragment in fragments), error.value
+
+
+def test_random_factors_without_fine_tuning_change_nothing_and_it_is_said() -> None:
+    with pytest.warns(PeftWarning, match="init_weights=False changes nothing without finetune=True"):
+        SeTARConfig(rank_ratios=0.2, init_weights=False)
 
 
 def test_ratios_that_are_known_are_not_searched_for() -> None:
