@@ -1,4 +1,4 @@
-"""SeTAR beside PEFT's LoRA, PiSSA and OSF at equal rank: forward, training step, load, save, merge, unmerge.
+"""SeTAR beside PEFT's LoRA, PiSSA and OSF at equal rank: forward, training step, load, save, merge, unmerge, memory.
 
     python benchmarks/adapter.py [--blocks 2] [--ratio 0.1] [--rounds 5] [--device cpu] [--json FILE]
 
@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -95,7 +98,8 @@ def measure_round(
 
         seconds[f"training step, {FEW} images"] = timer(step)
     if load:
-        for step, low in (("load", False), ("load, low_cpu_mem_usage", True)):
+        decomposes = name in ("PiSSA", "OSF")  # which cannot be made without memory
+        for step, low in (("load", False), ("load, low_cpu_mem_usage", True))[: 1 if decomposes else 2]:
             fresh = copy.deepcopy(base)
             seconds[step] = timer(partial(PeftModel.from_pretrained, fresh, saved, low_cpu_mem_usage=low))
     with tempfile.TemporaryDirectory() as folder:
@@ -128,6 +132,45 @@ def measure(blocks: int, ratio: float, rounds: int, device: torch.device) -> dic
                         results[name].setdefault(step, []).append(value)
     medians = {name: {step: statistics.median(all_) for step, all_ in steps.items()} for name, steps in results.items()}
     return {name: {"create": create[name], **steps} for name, steps in medians.items()}
+
+
+def loading_memory(saved: Path, blocks: int, *, low_cpu_mem_usage: bool) -> float:
+    """Peak of this process's memory while an adapter is loaded, above what it was before, in MB (Linux).
+
+    Pages of the file that are mapped and not copied are counted, though the system can take them back. To be called in
+    a process of its own: what others have freed would be used again.
+    """
+    base = base_model(blocks, torch.device("cpu"))
+    for _ in range(2):  # the first time imports modules
+        fresh = copy.deepcopy(base)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        before = _memory("VmRSS")
+        PeftModel.from_pretrained(fresh, saved, low_cpu_mem_usage=low_cpu_mem_usage)
+        peak = _memory("VmHWM") - before
+    return peak
+
+
+def _memory(name: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+
+
+def measure_memory(blocks: int, ratio: float) -> dict[str, dict[str, float]]:
+    """Method -> way of loading -> `loading_memory`, each in a process of its own; empty where there is no /proc."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("SeTAR", "SeTAR+FT", "LoRA"):
+            saved = Path(folder, name)
+            get_peft_model(base_model(blocks, torch.device("cpu")), configs(ratio)[name]).save_pretrained(saved)
+            for step, low in (("load", False), ("load, low_cpu_mem_usage", True)):
+                with multiprocessing.get_context("spawn").Pool(1) as pool:
+                    run = partial(loading_memory, saved, blocks, low_cpu_mem_usage=low)
+                    results.setdefault(name, {})[step] = pool.apply(run)
+    return results
 
 
 def bandwidth_share(blocks: int, ratio: float, device: torch.device) -> dict[str, float]:
@@ -185,7 +228,11 @@ def main() -> None:
     print(f"{arguments.blocks} blocks of ViT-B/32's shape, rank {rank}, float32, {name}, torch {torch.__version__}\n")
     results = measure(arguments.blocks, arguments.ratio, arguments.rounds, device)
     print(table(results))
-    report: dict[str, Any] = {"settings": {**vars(arguments), "json": None, "rank": rank}, "seconds": results}
+    memory = measure_memory(arguments.blocks, arguments.ratio)
+    for name, peaks in memory.items():
+        print(f"peak memory, {name}: " + "; ".join(f"{step} {peak:.1f} MB" for step, peak in peaks.items()))
+    settings = {**vars(arguments), "json": None, "rank": rank}
+    report: dict[str, Any] = {"settings": settings, "seconds": results, "loading_mb": memory}
     if device.type == "cuda":
         report["merge"] = bandwidth_share(arguments.blocks, arguments.ratio, device)
         print("\n" + "\n".join(f"{key}: {value:.2f}" for key, value in report["merge"].items()))

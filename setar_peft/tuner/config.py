@@ -70,7 +70,8 @@ class SeTARConfig(PeftConfig):
 
     Give `rank_ratios` to adapt with known ratios, or `objective` to have them searched; a config that is handed
     to `search_rank_ratios` needs neither. It is not changed by the model that it is used for: the model's own copy, in
-    `peft_config`, has the resolved map of every adapted module's full name to its ratio, and no objective.
+    `peft_config`, has the resolved map of every adapted module's full name to its ratio, and no objective. (A config
+    that is passed to a load, as `PeftModel.from_pretrained(..., config=config)`, is that model's from then on.)
 
     Args:
         target_modules: Names (suffixes of module names), a regular expression, or "all-linear". By default W_up

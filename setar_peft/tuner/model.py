@@ -57,11 +57,13 @@ class SeTARModel(BaseTuner):
     ) -> None:
         """Put an adapter into the model, or leave the model as it was (see `BaseTuner.inject_adapter`).
 
-        The config that was given stays as it is: `peft_config` gets a copy with what is resolved here.
+        The config that was given stays as it is: `peft_config` gets a copy with what is resolved here. Only on loading
+        it is the one that was read or passed for the load, as PEFT has it.
         """
         if "." in adapter_name:
             raise ValueError(f"The adapter's name is {adapter_name!r}; PEFT needs a name without a dot.")
         given = self.peft_config[adapter_name]
+        fields = dict(vars(given))
         # PEFT takes the modules from the names of these tensors, where they are given, and not from the config.
         self._saved_ratios = _ratios(kwargs.get("state_dict") or {})
         # PEFT makes parameters on the meta device for a first adapter without saying so in an argument.
@@ -72,10 +74,11 @@ class SeTARModel(BaseTuner):
         self._adding = adapter_name
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
-            config = self.peft_config[adapter_name] = _own_copy(given)
+            config = self.peft_config[adapter_name] = _own_config(given)
             super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         except BaseException:
             self.peft_config[adapter_name] = given
+            vars(given).update(fields)
             remove_adapter(model, adapter_name, trainable)
             raise
         finally:
@@ -355,22 +358,23 @@ def _ratios(state_dict: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def _own_copy(given: SeTARConfig) -> SeTARConfig:
-    """A copy of a config for one model to resolve and keep; with a saved adapter's modules by their names there."""
-    config = copy.deepcopy(given)
-    config.objective, config.known_splits = given.objective, given.known_splits
+def _own_config(given: SeTARConfig) -> SeTARConfig:
+    """The config for one model to resolve and keep; that of a load gets the names that modules have in this model."""
     load = CURRENT.get()
-    if load is None or not config.factors_saved or not isinstance(config.rank_ratios, dict):
+    if load is None:
+        config = copy.deepcopy(given)
+        config.objective, config.known_splits = given.objective, given.known_splits
         return config
-    ratios = load.by_module(config.rank_ratios)
-    if ratios != config.rank_ratios:
-        config.rank_ratios, config.target_modules = ratios, set(ratios)
-    if config.saved_shapes is not None:
-        shapes, others = config.saved_shapes
-        config.saved_shapes = SavedShapes(
-            load.by_module(shapes), {plain_name(load.rename(name)): shape for name, shape in others.items()}
-        )
-    return config
+    if given.factors_saved and isinstance(given.rank_ratios, dict):
+        ratios = load.by_module(given.rank_ratios)
+        if ratios != given.rank_ratios:
+            given.rank_ratios, given.target_modules = ratios, set(ratios)
+        if given.saved_shapes is not None:
+            shapes, others = given.saved_shapes
+            given.saved_shapes = SavedShapes(
+                load.by_module(shapes), {plain_name(load.rename(name)): shape for name, shape in others.items()}
+            )
+    return given
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> dict[str, SeTARLayer]:
