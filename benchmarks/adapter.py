@@ -157,19 +157,18 @@ def _memory(name: str) -> float:
 
 
 def measure_memory(blocks: int, ratio: float) -> dict[str, dict[str, float]]:
-    """Method -> way of loading -> `loading_memory`, each in a process of its own; empty where there is no /proc."""
+    """Method -> way of loading -> `loading_memory`, in a process of their own; empty where there is no /proc."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
     results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
         for name in ("SeTAR", "SeTAR+FT", "LoRA"):
             saved = Path(folder, name)
             get_peft_model(base_model(blocks, torch.device("cpu")), configs(ratio)[name]).save_pretrained(saved)
             for step, low in (("load", False), ("load, low_cpu_mem_usage", True)):
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    run = partial(loading_memory, saved, blocks, low_cpu_mem_usage=low)
-                    results.setdefault(name, {})[step] = pool.apply(run)
+                run = partial(loading_memory, saved, blocks, low_cpu_mem_usage=low)
+                results.setdefault(name, {})[step] = pool.apply(run)
     return results
 
 
