@@ -1,4 +1,4 @@
-"""SeTAR beside PEFT's LoRA, PiSSA and OSF at equal rank: forward, training step, load, save, merge, unmerge.
+"""SeTAR beside PEFT's LoRA, PiSSA and OSF at equal rank: forward, training step, load, save, merge, unmerge, memory.
 
     python -m benchmarks.adapter [--blocks 2] [--ratio 0.1] [--rounds 5] [--device cpu] [--json FILE]
 
@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +112,10 @@ def measure_round(
 
         seconds[f"training step, {FEW} images"] = timer(step)
     if load:
-        fresh = copy.deepcopy(base)
-        seconds["load"] = timer(lambda: PeftModel.from_pretrained(fresh, saved))
+        decomposes = name in ("PiSSA", "OSF")  # which cannot be made without memory
+        for step, low in (("load", False), ("load, low_cpu_mem_usage", True))[: 1 if decomposes else 2]:
+            fresh = copy.deepcopy(base)
+            seconds[step] = timer(partial(PeftModel.from_pretrained, fresh, saved, low_cpu_mem_usage=low))
     with tempfile.TemporaryDirectory() as folder:
         seconds["save"] = timer(lambda: model.save_pretrained(folder))
     if name != "OSF":  # which forgets the base weight, and refuses to unmerge
@@ -168,6 +174,44 @@ def kept_memory(model: nn.Module) -> int:
     return sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
 
 
+def loading_memory(saved: Path, blocks: int, *, low_cpu_mem_usage: bool) -> float:
+    """Peak of this process's memory while an adapter is loaded, above what it was before, in MB (Linux).
+
+    Pages of the file that are mapped and not copied are counted, though the system can take them back. To be called in
+    a process of its own: what others have freed would be used again.
+    """
+    base = base_model(blocks, torch.device("cpu"))
+    for _ in range(2):  # the first time imports modules
+        fresh = copy.deepcopy(base)
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        before = _memory("VmRSS")
+        PeftModel.from_pretrained(fresh, saved, low_cpu_mem_usage=low_cpu_mem_usage)
+        peak = _memory("VmHWM") - before
+    return peak
+
+
+def _memory(name: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+
+
+def measure_memory(blocks: int, ratio: float) -> dict[str, dict[str, float]]:
+    """Method -> way of loading -> `loading_memory`, in a process of their own; empty where there is no /proc."""
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
+    results: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
+        for name in ("SeTAR", "SeTAR+FT", "LoRA"):
+            saved = Path(folder, name)
+            get_peft_model(base_model(blocks, torch.device("cpu")), configs(ratio)[name]).save_pretrained(saved)
+            for step, low in (("load", False), ("load, low_cpu_mem_usage", True)):
+                run = partial(loading_memory, saved, blocks, low_cpu_mem_usage=low)
+                results.setdefault(name, {})[step] = pool.apply(run)
+    return results
+
+
 def bandwidth_share(blocks: int, ratio: float, device: torch.device) -> dict[str, float]:
     """On a GPU: bytes a second that merging reads and writes of weights, beside a plain copy on the same card."""
     timer = Timer(device)
@@ -224,10 +268,14 @@ def main() -> None:
     results, goals = measure(arguments.blocks, arguments.ratio, arguments.rounds, device)
     print(table(results))
     print("\n" + "\n".join(f"{name}: {value:.3f}" for name, value in goals.items()))
+    memory = measure_memory(arguments.blocks, arguments.ratio)
+    for name, peaks in memory.items():
+        print(f"peak memory, {name}: " + "; ".join(f"{step} {peak:.1f} MB" for step, peak in peaks.items()))
     report: dict[str, Any] = {
         "settings": {**vars(arguments), "json": None, "rank": rank},
         "seconds": results,
         "goals": goals,
+        "loading_mb": memory,
     }
     if device.type == "cuda":
         report["merge"] = bandwidth_share(arguments.blocks, arguments.ratio, device)

@@ -12,6 +12,7 @@ import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def _register() -> None:
 
     from setar_peft.tuner.config import SeTARConfig
     from setar_peft.tuner.model import SeTARModel
+    from setar_peft.tuner.registration import wrap_loading
 
     def search(*args: Any, **kwargs: Any) -> Any:
         from setar_peft.search.run import search_rank_ratios
@@ -98,7 +100,16 @@ def _register() -> None:
 
         write_model_card(*args)
 
-    upload = PeftModel._upload_modified_files
+    upload, write_peft_card = PeftModel._upload_modified_files, PeftModel.create_or_update_model_card
+
+    # PEFT writes a card into the folder that is being saved, also where the adapter goes into a folder below; it names
+    # a local base by its path.
+    def card_without_local_base(self: PeftModel, output_dir: str) -> None:
+        write_peft_card(self, output_dir)
+        if any(isinstance(config, SeTARConfig) for config in self.peft_config.values()):
+            from setar_peft.hub.card import CARD_NAME, forget_local_base
+
+            forget_local_base(Path(output_dir, CARD_NAME))
 
     # transformers, which `push_to_hub` comes from, writes its own template over the card that saving has just written,
     # and calls no method in between that an adapter could define: the last step of a push is wrapped.
@@ -112,6 +123,8 @@ def _register() -> None:
     SeTARModel.search = staticmethod(search)
     SeTARConfig.write_card = staticmethod(write_card)
     PeftModel._upload_modified_files = upload_with_card
+    PeftModel.create_or_update_model_card = card_without_local_base
+    wrap_loading()
 
 
 class _AfterPeft(MetaPathFinder):

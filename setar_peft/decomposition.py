@@ -6,7 +6,7 @@ Pure tensors: nothing here knows PEFT or a model.
 from __future__ import annotations
 
 import hashlib
-import math
+import numbers
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ def check_rank_ratio(rank_ratio: float, where: str = "rank_ratio") -> float:
     Raises:
         ValueError: If it is not a number in [0, 1).
     """
-    is_number = isinstance(rank_ratio, (int, float)) and not isinstance(rank_ratio, bool)
+    is_number = isinstance(rank_ratio, (int, float, numbers.Real)) and not isinstance(rank_ratio, bool)
     if not is_number or not 0 <= rank_ratio < 1:
         raise ValueError(
             f"{where} is {rank_ratio!r}; give a number in [0, 1): the share of singular components to remove, "
@@ -213,18 +213,32 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def base_agreement(weight: Tensor, residual: Residual) -> float:
-    """How well a residual fits a weight: <B0 A0, W> / ||B0 A0||^2.
+    """How well a residual's four strongest components fit a weight: <B0 A0, W> / ||B0 A0||^2 over them.
 
-    It is 1 for the weight that the residual came from and near 0 for an unrelated one; NaN for an empty
-    residual. Costs 2 r (m n + r (m + n)) operations: the product B0 A0 is never formed.
+    It is 1 for the weight that the residual came from and near 0 for an unrelated one; NaN for an empty residual, and
+    not finite where a value is not or overflows. The product B0 A0 is never formed.
+
+    Args:
+        weight: W, (m, n), on any device.
+        residual: B0 (m, r), A0 (r, n), components in decreasing order, as `Decomposition.residual` gives them.
     """
-    if residual.rank == 0:
-        return math.nan
-    dtype = torch.float64 if torch.float64 in (weight.dtype, residual.b0.dtype) else torch.float32
-    b0, a0 = residual.b0.detach().to(dtype), residual.a0.detach().to(dtype)
-    inner = (b0.T @ weight.detach().to(dtype) * a0).sum()
+    b0, a0 = _strongest(residual, weight.device)
+    inner = (b0.T @ weight.detach().to(b0.dtype) * a0).sum()
     norm = ((b0.T @ b0) * (a0 @ a0.T)).sum()
     return float(inner / norm)
+
+
+def is_rounding_noise(weight: Tensor, residual: Residual) -> bool:
+    """Whether a residual is too small beside the weight to be more than rounding: ||B0 A0|| below 1e-6 ||W||."""
+    b0, a0 = _strongest(residual, weight.device)
+    norm = ((b0.T @ b0) * (a0 @ a0.T)).sum().clamp(min=0).sqrt()
+    return bool(norm <= 1e-6 * torch.linalg.vector_norm(weight.detach().to(b0.dtype)))
+
+
+def _strongest(residual: Residual, device: torch.device, count: int = 4) -> Residual:
+    dtype = torch.float64 if residual.b0.dtype == torch.float64 else torch.float32
+    b0, a0 = residual.b0.detach()[:, :count], residual.a0.detach()[:count]
+    return Residual(b0.to(device, dtype), a0.to(device, dtype))
 
 
 def _removal_order(size: int, prune: PruneStrategy, seed: int, name: str) -> Tensor:

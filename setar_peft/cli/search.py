@@ -28,7 +28,8 @@ from setar_peft.search.estimate import estimate_cost
 from setar_peft.search.processes import Processes, own_device
 from setar_peft.search.run import search_rank_ratios
 from setar_peft.search.trace import SearchTrace, trace_to_continue
-from setar_peft.tuner.config import CRITERIA, DEFAULT_CANDIDATES, ORDERS, SeTARConfig
+from setar_peft.tuner.config import DEFAULT_CANDIDATES, SeTARConfig
+from setar_peft.tuner.config_checks import CRITERIA, ORDERS
 
 _METRICS = get_args(PatchMetric)
 _CANDIDATES = ",".join(f"{ratio:g}" for ratio in DEFAULT_CANDIDATES)

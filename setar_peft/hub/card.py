@@ -58,8 +58,6 @@ def write_model_card(folder: str | Path, config: SeTARConfig, auto_mapping: Mapp
     _set_metadata(card.data, base_model, config.card, base_class)
     card.text = _with_section(card.text, _section(Path(folder), config, base_model, base_class))
     card.save(path)
-    # The card of a named adapter lies in a folder of its own; PEFT writes another one into the folder above.
-    _forget_local_base(Path(folder).absolute().parent / CARD_NAME)
 
 
 def hub_id(name_or_path: str | None) -> str | None:
@@ -101,7 +99,7 @@ def _with_section(text: str, section: str) -> str:
     return f"{marked}\n\n{rest}\n" if rest else f"{marked}\n"
 
 
-def _forget_local_base(path: Path) -> None:
+def forget_local_base(path: Path) -> None:
     """Take the path of a local base model out of the metadata of a card that PEFT wrote."""
     if not path.is_file() or "\nlibrary_name: peft\n" not in path.read_text(encoding="utf-8", errors="replace"):
         return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import json
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -12,12 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from setar_peft.tuner.checkpoint import check_adapter_tensors, is_factor, unprefixed
+from setar_peft.tuner.checkpoint import TensorFacts, all_finite, check_adapter_tensors, is_factor, unprefixed
+
+_BLOCK = 1 << 20
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class SavedShapes(NamedTuple):
@@ -32,22 +35,46 @@ class SavedShapes(NamedTuple):
     others: dict[str, tuple[int, ...]]
 
 
-def find_adapter_file(name_or_path: str | Path, subfolder: str | None, **hub_settings: Any) -> Path | None:
-    """The weights file of an adapter in a folder or on the Hub, from where it is downloaded; `None` if it has none."""
+def find_adapter_file(name_or_path: str | Path, subfolder: str | None, **hub_settings: Any) -> Path:
+    """The weights file of an adapter in a folder or on the Hub, from where it is downloaded.
+
+    Raises:
+        ValueError: If there is none, or the Hub could not be asked.
+    """
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     folder = Path(name_or_path, subfolder or "")
-    if folder.is_dir():
-        return next((folder / name for name in names if (folder / name).is_file()), None)
+    unreachable: EntryNotFoundError | None = None
     for name in names:
-        with contextlib.suppress(EntryNotFoundError):
-            return Path(hf_hub_download(str(name_or_path), name, subfolder=subfolder, **hub_settings))
-    return None
+        if folder.is_dir():
+            found = folder / name if (folder / name).is_file() else None
+        else:
+            found = _download(str(name_or_path), name, subfolder=subfolder, **hub_settings)
+        if isinstance(found, Path):
+            return found
+        if isinstance(found, LocalEntryNotFoundError):
+            unreachable = unreachable or found
+    if unreachable is not None:
+        raise ValueError(
+            f"{SAFETENSORS_WEIGHTS_NAME} of {name_or_path} is not in the local cache, and the Hub could not be asked "
+            f"for it ({str(unreachable).splitlines()[0]}). Check the network, or HF_HUB_OFFLINE, and load again."
+        ) from unreachable
+    raise ValueError(
+        f"{name_or_path} has an adapter_config.json of a saved adapter, but no {SAFETENSORS_WEIGHTS_NAME}. Copy or "
+        "download the adapter again, with both files."
+    )
+
+
+def _download(repo: str, name: str, **hub_settings: Any) -> Path | EntryNotFoundError:
+    try:
+        return Path(hf_hub_download(repo, name, **hub_settings))
+    except EntryNotFoundError as error:  # also where it is not in the cache, and the Hub does not answer
+        return error
 
 
 def check_adapter_file(
     path: Path, rank_ratios: Mapping[str, float], *, finetune: bool, digest: str | None = None
 ) -> SavedShapes:
-    """Read an adapter's file and check it against the ratios in its config.
+    """Read an adapter's file once, a block at a time, and check it against its config.
 
     Args:
         path: A safetensors file, or one of `torch.save`, of which nothing but tensors is read.
@@ -59,8 +86,12 @@ def check_adapter_file(
         ValueError: If the file cannot be read, tensors are missing, or shapes, dtypes or values contradict the
             config. The message names the file and what is wrong in it.
     """
+    found = None
     try:
-        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        if path.suffix == ".safetensors":
+            tensors, found = _scan_safetensors(path, with_digest=digest is not None)
+        else:
+            tensors = {name: TensorFacts.of(tensor) for name, tensor in _read_pickle(path).items()}
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise ValueError(
@@ -69,11 +100,11 @@ def check_adapter_file(
     try:
         shapes = SavedShapes(
             check_adapter_tensors(tensors, rank_ratios, finetune=finetune),
-            {name: tuple(tensor.shape) for name, tensor in unprefixed(tensors).items() if not is_factor(name)},
+            {name: facts.shape for name, facts in unprefixed(tensors).items() if not is_factor(name)},
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if digest is not None and digest != file_digest(path):
+    if digest is not None and digest != found:
         raise ValueError(
             f"{path} is not the file that was saved with its adapter_config.json: its SHA-256 is another one. Copy or "
             "download the adapter again; if you changed the file on purpose, remove weights_sha256 from the config."
@@ -85,14 +116,40 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+def _scan_safetensors(path: Path, *, with_digest: bool) -> tuple[dict[str, TensorFacts], str | None]:
+    """What is in a file, and its SHA-256. No more than a block of it is in memory at a time."""
+    with safe_open(path, "pt") as opened:  # checks the header, and that the tensors fill the file without a gap
+        shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping
+    digest = hashlib.sha256()
+    tensors = {}
+    block = memoryview(bytearray(_BLOCK))
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        digest.update(length + header)
+        entries = {key: entry for key, entry in json.loads(header).items() if key != "__metadata__"}
+        for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            dtype = _DTYPES.get(entry["dtype"])
+            finite, scalar = True, None
+            while begin < end:
+                read = file.readinto(block[: min(_BLOCK, end - begin)])
+                if not read:
+                    raise ValueError("it ends early")
+                begin += read
+                if with_digest:
+                    digest.update(block[:read])
+                if dtype is not None and is_factor(key):
+                    values = torch.frombuffer(block, dtype=dtype, count=read // dtype.itemsize)
+                    finite = finite and all_finite(values)
+                    scalar = float(values[0]) if shapes[key] in ((), (1,)) else None
+            tensors[key] = TensorFacts(shapes[key], dtype or entry["dtype"], finite, scalar)
+    return tensors, digest.hexdigest() if with_digest else None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

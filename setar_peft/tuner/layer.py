@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from setar_peft.decomposition import Residual, decompose, residual_rank, tensor_digest
 from setar_peft.tuner.base_weight import SavedBaseWeight, check_mergeable, original_matrix
-from setar_peft.tuner.checkpoint import check_base
 from setar_peft.tuner.forward import Factors, effective_weight
 from setar_peft.tuner.kept_weight import KeptWeight
 
@@ -91,8 +90,6 @@ class SeTARLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._saved_base: SavedBaseWeight | None = None
-        # Adapters whose factors are expected from a file; they are computed if the layer is used before.
-        self._awaiting: dict[str, SplitSettings] = {}
         in_features, out_features = _get_in_out_features(self.get_base_layer())
         if in_features is None or out_features is None:
             raise TypeError(
@@ -132,8 +129,8 @@ class SeTARLayer(BaseTunerLayer):
         Args:
             adapter_name: Name of the adapter.
             settings: Rank ratio and strategy of the residual.
-            residual: The removed components B0 (m, r), A0 (r, n). `None` leaves room for factors that are about
-                to be loaded.
+            residual: The removed components B0 (m, r), A0 (r, n). `None` where a file will bring them: tensors on the
+                meta device, which take no memory, stand for all factors until then.
             finetune: Add trainable factors B, A, unless the ratio is so small that there is nothing to train.
             init_weights: Start B, A at B0, A0 (the adapter is then the identity) rather than at random.
             inference_mode: Freeze B, A.
@@ -143,13 +140,12 @@ class SeTARLayer(BaseTunerLayer):
         if device is None or device.type == "meta":
             device = torch.device("cpu")
         if residual is None:
-            self._awaiting[adapter_name] = settings
-            (m, n), rank = self.shape, residual_rank(self.shape, settings.rank_ratio)
+            (m, n), rank, device = self.shape, residual_rank(self.shape, settings.rank_ratio), torch.device("meta")
             residual = Residual(
-                torch.full((m, rank), torch.nan, dtype=dtype, device=device),
-                torch.full((rank, n), torch.nan, dtype=dtype, device=device),
+                torch.empty(m, rank, dtype=dtype, device=device), torch.empty(rank, n, dtype=dtype, device=device)
             )
-        self.setar_ratio[adapter_name] = torch.tensor(settings.rank_ratio, dtype=torch.float64, device=device)
+        # float32, for some devices have no float64; the exact ratio stands in the config.
+        self.setar_ratio[adapter_name] = torch.tensor(settings.rank_ratio, dtype=torch.float32, device=device)
         self.setar_B0[adapter_name], self.setar_A0[adapter_name] = residual.b0, residual.a0
         if finetune and residual.rank:  # FSDP cannot shard empty parameters
             b, a = residual.b0.clone(), residual.a0.clone()
@@ -208,10 +204,28 @@ class SeTARLayer(BaseTunerLayer):
             "Make the adapter, or merge it, before the model is sharded, or gather the weight first."
         )
 
+    def readable_base_matrix(self) -> Tensor | None:
+        """`base_matrix`, or `None` where it is not in memory or its quantisation cannot be undone."""
+        backend = self.quantization_backend
+        if self.weight.is_meta or (backend is not None and not backend.supports_merge):
+            return None
+        return self.base_matrix()
+
+    def awaits_factors(self, adapter_name: str) -> bool:
+        """Whether an adapter's factors are still to come from a file."""
+        return bool(self.setar_B0[adapter_name].is_meta) and not self.weight.is_meta
+
     def residual(self, adapter_name: str) -> Residual:
-        """The removed components of an adapter, B0 (m, r) and A0 (r, n)."""
-        if adapter_name in self._awaiting:
-            self._settle(adapter_name)
+        """The removed components of an adapter, B0 (m, r) and A0 (r, n).
+
+        Raises:
+            ValueError: If they were to come from a file, and none was loaded.
+        """
+        if self.awaits_factors(adapter_name):
+            raise ValueError(
+                f"The adapter {adapter_name!r} was made empty (low_cpu_mem_usage=True) for factors that a file brings, "
+                "and none was loaded. Load its file, or make it without low_cpu_mem_usage."
+            )
         return Residual(self.setar_B0[adapter_name], self.setar_A0[adapter_name])
 
     def factors(self, adapter_name: str) -> Factors:
@@ -333,7 +347,6 @@ class SeTARLayer(BaseTunerLayer):
         if adapter_name in self.merged_adapters:
             warnings.warn(f"Adapter {adapter_name} is merged. Unmerging the layer before deleting it.", stacklevel=2)
             self.unmerge()
-        self._awaiting.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def scale_layer(self, scale: float) -> None:
@@ -363,22 +376,23 @@ class SeTARLayer(BaseTunerLayer):
             if adapter_name in container and not container[adapter_name].is_meta:
                 container[adapter_name] = container[adapter_name].to(device)
 
-    def _settle(self, adapter_name: str) -> None:
-        """Take note that an adapter's factors have come from a file, or compute them where none have come."""
-        settings = self._awaiting[adapter_name]
-        b0, a0 = self.setar_B0[adapter_name], self.setar_A0[adapter_name]
-        if torch.isfinite(b0).all() and torch.isfinite(a0).all():
-            # Whatever put them there (transformers' load_adapter) has not compared them with the base.
-            check_base([(settings.name, self, Residual(b0, a0))], strict=False)
-        else:
-            residual = self.split_base_weight(settings)
-            # In place: a state dict or an optimiser may hold the tensors already.
-            with torch.no_grad():
-                for kind, factor in zip(("B", "A"), residual, strict=True):
-                    for container in (getattr(self, f"setar_{kind}0"), getattr(self, f"setar_{kind}")):
-                        if adapter_name in container:
-                            container[adapter_name].copy_(factor)
-        del self._awaiting[adapter_name]
+    def make_room(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Give factors that a state dict is about to bring memory to be copied into.
+
+        Args:
+            state_dict: Tensors by their names in the whole model.
+            prefix: What this layer's names begin with.
+        """
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        if device is None or device.type == "meta":
+            device = torch.device("cpu")
+        for container_name in self.adapter_layer_names + self.other_param_names:
+            container = getattr(self, container_name)
+            for name, tensor in list(container.items()):
+                if tensor.is_meta and f"{prefix}{container_name}.{name}" in state_dict:
+                    empty = torch.empty_like(tensor, device=device)
+                    trained = isinstance(tensor, nn.Parameter)
+                    container[name] = nn.Parameter(empty, tensor.requires_grad) if trained else empty
 
     def _warn_of_double_truncation(self, adapter_names: Sequence[str]) -> None:
         fixed = [

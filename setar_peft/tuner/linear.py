@@ -111,11 +111,12 @@ class SeTARLinear(nn.Module, SeTARLayer):
 
     # These are here, and not in `SeTARLayer`, because there those of `nn.Module` would come first.
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in list(self._awaiting):
-            if f"{prefix}setar_B0.{name}" in state_dict and f"{prefix}setar_A0.{name}" in state_dict:
-                del self._awaiting[name]
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if not local_metadata.get("assign_to_params_buffers", False):
+            self.make_room(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeTARLinear:
         self._kept_weight.drop()

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_submodules, onload_layer
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, get_quantization_kwargs
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_target_module_exists,
+    onload_layer,
+)
+from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import Tensor, nn
 
 from setar_peft.backbones import default_target_modules
 from setar_peft.decomposition import Residual
+from setar_peft.tuner.adapter_file import SavedShapes
 from setar_peft.tuner.checkpoint import (
+    TensorFacts,
     check_adapter_tensors,
     check_base,
     check_names,
     check_other_tensors,
     check_shapes,
+    unprefixed,
 )
 from setar_peft.tuner.config import SeTARConfig, objective_settings
 from setar_peft.tuner.layer import SeTARLayer, SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
+from setar_peft.tuner.loading import CURRENT, plain_name
+from setar_peft.tuner.removal import adapter_layers, remove_adapter
 from setar_peft.tuner.targets import resolve_rank_ratios, targeted_modules
-
-# What torch.compile and FSDP put into the names of modules.
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module)\.")
 
 
 class SeTARModel(BaseTuner):
@@ -48,28 +58,41 @@ class SeTARModel(BaseTuner):
     # `search_rank_ratios`; the package sets it, since the search stands above the tuner.
     search: ClassVar[Callable[..., Any] | None] = None
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, or leave the model as it was (see `BaseTuner.inject_adapter`)."""
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
+    ) -> None:
+        """Put an adapter into the model, or leave the model as it was (see `BaseTuner.inject_adapter`).
+
+        The config that was given stays as it is: `peft_config` gets a copy with what is resolved here. Only on loading
+        it is the one that was read or passed for the load, as PEFT has it.
+        """
         if "." in adapter_name:
             raise ValueError(f"The adapter's name is {adapter_name!r}; PEFT needs a name without a dot.")
-        config = self.peft_config[adapter_name]
-        settings = dict(vars(config))
+        given = self.peft_config[adapter_name]
+        fields = dict(vars(given))
         # PEFT takes the modules from the names of these tensors, where they are given, and not from the config.
         self._saved_ratios = _ratios(kwargs.get("state_dict") or {})
-        config.trainable_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        # PEFT makes parameters on the meta device for a first adapter without saying so in an argument.
+        self._expects_file = CURRENT.get() is not None or low_cpu_mem_usage or nn.LayerNorm(1).weight.is_meta
         # Everything that can fail on the user's input is computed before the first module is replaced.
         self._residuals: dict[str, Residual] = {}
+        self._new_layers: dict[str, SeTARLinear] = {}
+        self._adding = adapter_name
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name] = _own_config(given)
+            super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         except BaseException:
-            remove_adapter(model, adapter_name, config.trainable_before)
-            vars(config).update(settings)
+            self.peft_config[adapter_name] = given
+            vars(given).update(fields)
+            remove_adapter(model, adapter_name, trainable)
             raise
         finally:
-            self._residuals, self._saved_ratios = {}, {}
-        config.card.objective = objective_settings(config.objective) or config.card.objective
+            self._residuals, self._new_layers, self._saved_ratios = {}, {}, {}
+        settings = objective_settings(config.objective) or config.card.objective
+        config.card = replace(config.card, objective=settings)
         config.objective, config.known_splits = None, {}
-        config.factors_created = True
+        config.factors_saved = True
 
     def _check_new_adapter_config(self, config: SeTARConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -108,21 +131,43 @@ class SeTARModel(BaseTuner):
         if self._saved_ratios:
             targets = {name: module for name, module in model.named_modules() if name in self._saved_ratios}
         else:
-            targets = targeted_modules(peft_config, model)
+            targets = targeted_modules(peft_config, model, self._check_target_module_exists)
         if not targets:
             return  # PEFT says why nothing matched
-        peft_config.rank_ratios = resolve_rank_ratios(peft_config.rank_ratios, targets)
-        layers = {
-            name: module if isinstance(module, SeTARLayer) else self._new_layer(module, "unused")
+        ratios = peft_config.rank_ratios
+        if isinstance(ratios, dict):
+            ratios = {plain_name(name): ratio for name, ratio in ratios.items()}
+        peft_config.rank_ratios = resolve_rank_ratios(ratios, map(plain_name, targets))
+        settings = get_quantization_kwargs(self.model)
+        self._new_layers = {
+            plain_name(name): SeTARLinear(module, self._adding, **settings)
             for name, module in targets.items()
+            if not isinstance(module, SeTARLayer)
         }
-        if peft_config.saved_shapes is not None:
-            check_shapes(peft_config.saved_shapes.weights, layers)
-            check_other_tensors(peft_config.saved_shapes.others, peft_config.modules_to_save or (), model)
-        for name, layer in layers.items():
-            if not peft_config.awaits_factors:
+        layers = {
+            name: module if isinstance(module, SeTARLayer) else self._new_layers[name]
+            for name, module in zip(map(plain_name, targets), targets.values(), strict=True)
+        }
+        if peft_config.saved_shapes is not None and CURRENT.get() is not None:
+            shapes, others = peft_config.saved_shapes
+            check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
+            check_other_tensors(others, peft_config.modules_to_save or (), model)
+        if not self._expects_file:
+            for name, layer in layers.items():
                 known = peft_config.known_splits.get(name)
                 self._residuals[name] = layer.split_base_weight(self._settings(peft_config, name), known)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        """Whether a module is a target: by PEFT's rules for a new adapter, by its ratio for one that was saved."""
+        name = plain_name(key)
+        result = check_target_module_exists(peft_config, name)
+        if not (isinstance(peft_config, SeTARConfig) and peft_config.factors_saved) or isinstance(
+            result, _ExcludedModule
+        ):
+            return result
+        assert isinstance(peft_config.rank_ratios, dict)
+        return name in peft_config.rank_ratios
 
     def _settings(self, config: SeTARConfig, name: str) -> SplitSettings:
         assert isinstance(config.rank_ratios, dict)
@@ -138,11 +183,11 @@ class SeTARModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, SeTARLayer) else self._new_layer(target, adapter_name)
+        layer = target if isinstance(target, SeTARLayer) else self._new_layers[plain_name(current_key)]
         layer.update_layer(
             adapter_name,
-            self._settings(peft_config, current_key),
-            self._residuals.get(current_key),
+            self._settings(peft_config, plain_name(current_key)),
+            self._residuals.get(plain_name(current_key)),
             finetune=peft_config.finetune,
             init_weights=peft_config.init_weights,
             inference_mode=peft_config.inference_mode,
@@ -153,12 +198,6 @@ class SeTARModel(BaseTuner):
             # Not by PEFT's `_replace_module`, which moves the layer to its base's device: it is there, and on an 8-bit
             # base that fails on the placeholders of `low_cpu_mem_usage`.
             setattr(parent, target_name, layer)
-
-    def _new_layer(self, target: nn.Module, adapter_name: str) -> SeTARLinear:
-        return SeTARLinear(target, adapter_name, **self._backend_kwargs())
-
-    def _backend_kwargs(self) -> dict[str, Any]:
-        return get_quantization_kwargs(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base weights, in every layer or in none (see `BaseTuner.merge_adapter`)."""
@@ -175,7 +214,7 @@ class SeTARModel(BaseTuner):
         if merge:
             self._check_merge_allowed()
             with self._all_or_none():
-                for layer in _layers(self.model).values():
+                for layer in adapter_layers(self.model).values():
                     with onload_layer(layer):
                         layer.unload_and_optionally_merge_module(True, safe_merge, adapter_names)
         return super()._unload_and_optionally_merge(
@@ -231,7 +270,7 @@ class SeTARModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for layer in _layers(self.model).values():
+        for layer in adapter_layers(self.model).values():
             for kind in ("setar_A", "setar_B"):
                 factors = getattr(layer, kind)
                 if adapter_name in factors and layer.weight.is_floating_point():
@@ -241,78 +280,83 @@ class SeTARModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> dict[str, Tensor]:
-        for layer in _layers(model).values():
+        for name, layer in adapter_layers(model).items():
             if adapter_name in layer.setar_ratio:
                 layer.residual(adapter_name)
+            # PEFT saves the base weight of an output layer that is adapted (`lm_head`). It is not the adapter's, and
+            # loading must not write it. This dictionary is what PEFT takes it from afterwards.
+            for key in [key for key in state_dict if key.startswith(f"{name}.base_layer.")]:
+                del state_dict[key]
         return super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
         )
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return super()._remove_adapter_name_from_key(plain_name(key), adapter_name)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        try:
-            shapes = check_adapter_tensors(state_dict, config.rank_ratios, finetune=config.finetune)
-            check_names(state_dict, model)
-            layers = {
-                _WRAPPERS.sub("", name).removeprefix("base_model.model."): layer
-                for name, layer in _layers(model).items()
-                if adapter_name in layer.setar_ratio
-            }
-            check_shapes(shapes, layers)
-            tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in state_dict.items()}
-            check_base(
-                (
-                    (name, layers[name], Residual(tensors[f"{name}.setar_B0"], tensors[f"{name}.setar_A0"]))
-                    for name in config.rank_ratios
-                ),
-                strict=config.strict_base,
-            )
-        except BaseException:
-            # An adapter that was there before, trained perhaps, is not lost because a file does not fit it.
-            if any(adapter_name in layer._awaiting for layer in _layers(model).values()):
-                get_base_model: Any = getattr(model, "get_base_model", None)
-                remove_adapter(get_base_model() if get_base_model else model, adapter_name, config.trainable_before)
-            raise
+        load = CURRENT.get()
+        read = load is None or not load.file_is_checked
+        facts = {name: TensorFacts.of(tensor, read=read) for name, tensor in state_dict.items()}
+        shapes = check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
+        check_names(state_dict, model)
+        layers = _adapted(model, adapter_name)
+        check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
+        tensors = unprefixed(state_dict)
+        cls._check_base(
+            layers,
+            {name: Residual(tensors[f"{name}.setar_B0"], tensors[f"{name}.setar_A0"]) for name in shapes},
+            strict=config.strict_base,
+        )
+        # Adapters that were saved with a ratio in float64 do not go onto every device.
+        state_dict = {k: v.float() if k.endswith(".setar_ratio") else v for k, v in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
 
+    @classmethod
+    def check_loaded(cls, model: nn.Module, config: SeTARConfig, adapter_name: str) -> None:
+        """Check an adapter whose factors were put into a model by others.
 
-def remove_adapter(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
-    """Take an adapter out of a model; a layer that is left without one becomes the base layer again.
+        Args:
+            model: The model with the adapter in place.
+            config: The adapter's config.
+            adapter_name: Its name.
 
-    Args:
-        model: The base model.
-        adapter_name: Name of the adapter.
-        trainable: Names of the parameters that required gradients before the adapter came.
-    """
-    for name, layer in _layers(model).items():
-        for container_name in layer.adapter_layer_names + layer.other_param_names:
-            container = getattr(layer, container_name)
-            if adapter_name in container:
-                del container[adapter_name]
-        layer._awaiting.pop(adapter_name, None)
-        if not len(layer.setar_ratio):
-            parent, _, target_name = _get_submodules(model, name)
-            setattr(parent, target_name, layer.base_layer)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            del module.modules_to_save[adapter_name]
-            if not len(module.modules_to_save):
-                parent, _, target_name = _get_submodules(model, name)
-                setattr(parent, target_name, module.original_module)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(name in trainable)
-    configs: dict[str, Any] = getattr(model, "peft_config", {})
-    configs.pop(adapter_name, None)
-    if not configs:
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        if hasattr(model, "_hf_peft_config_loaded"):  # set by transformers' add_adapter beforehand
-            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+        Raises:
+            ValueError: If factors are missing, not finite, or `strict_base` is set and the base is not known to be
+                the one that they came from.
+        """
+        layers = _adapted(model, adapter_name)
+        missing = [name for name, layer in layers.items() if layer.awaits_factors(adapter_name)]
+        if missing:
+            raise ValueError(
+                f"The adapter's file has no factors for {', '.join(missing[:8])} ({len(missing)} of {len(layers)} "
+                "layers). Load the two files that were saved together."
+            )
+        facts = {
+            f"{name}.{kind}": TensorFacts.of(container[adapter_name])
+            for name, layer in layers.items()
+            for kind in layer.adapter_layer_names + layer.other_param_names
+            if adapter_name in (container := getattr(layer, kind))
+        }
+        assert isinstance(config.rank_ratios, dict)
+        check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
+        residuals = {name: layer.residual(adapter_name) for name, layer in layers.items()}
+        cls._check_base(layers, residuals, strict=config.strict_base)
+
+    @staticmethod
+    def _check_base(layers: Mapping[str, SeTARLayer], residuals: Mapping[str, Residual], *, strict: bool) -> None:
+        load = CURRENT.get()
+        strict = strict or (load is not None and load.strict_base)
+        check_base(
+            ((name, layers[name].readable_base_matrix(), residual) for name, residual in residuals.items()),
+            strict=strict,
+        )
 
 
 def _pass_adapter_names(
@@ -326,11 +370,36 @@ def _pass_adapter_names(
 def _ratios(state_dict: dict[str, Tensor]) -> dict[str, float]:
     suffix = ".setar_ratio"
     return {
-        key.removesuffix(suffix).removeprefix("base_model.model."): float(value)
+        # Back from float32 to the number that was meant.
+        key.removesuffix(suffix).removeprefix("base_model.model."): round(float(value), 7)
         for key, value in state_dict.items()
         if key.endswith(suffix)
     }
 
 
-def _layers(model: nn.Module) -> dict[str, SeTARLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SeTARLayer)}
+def _own_config(given: SeTARConfig) -> SeTARConfig:
+    """The config for one model to resolve and keep; that of a load gets the names that modules have in this model."""
+    load = CURRENT.get()
+    if load is None:
+        config = copy.deepcopy(given)
+        config.objective, config.known_splits = given.objective, given.known_splits
+        return config
+    if given.factors_saved and isinstance(given.rank_ratios, dict):
+        ratios = load.by_module(given.rank_ratios)
+        if ratios != given.rank_ratios:
+            given.rank_ratios, given.target_modules = ratios, set(ratios)
+        if given.saved_shapes is not None:
+            shapes, others = given.saved_shapes
+            given.saved_shapes = SavedShapes(
+                load.by_module(shapes), {plain_name(load.rename(name)): shape for name, shape in others.items()}
+            )
+    return given
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> dict[str, SeTARLayer]:
+    """The layers that have an adapter, by the names that their modules have in the base model."""
+    return {
+        plain_name(name).removeprefix("base_model.model."): layer
+        for name, layer in adapter_layers(model).items()
+        if adapter_name in layer.setar_ratio
+    }

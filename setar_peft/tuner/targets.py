@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from peft import PeftConfig
@@ -17,25 +17,28 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 
-def targeted_modules(config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that a config targets, by full name, by PEFT's rules; what lies inside adapters is left out.
+def targeted_modules(
+    config: PeftConfig, model: nn.Module, is_target: Callable[[PeftConfig, str], object] = check_target_module_exists
+) -> dict[str, nn.Module]:
+    """The modules that a config targets, by full name; what lies inside adapters is left out.
 
     Args:
         config: A config with `target_modules`; "all-linear" in it is spelled out, in place.
         model: The model.
+        is_target: Says of a module's full name whether the config targets it; by default PEFT's rules.
 
     Raises:
         TypeError: If a target is no linear layer, or torch reads its weight and does not call it.
     """
     config = _maybe_include_all_linear_layers(config, model)
     targets: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
+    inside: str | None = None  # an adapter layer; what lies inside follows it at once
     for name, module in model.named_modules():
-        if not name or (inside and name.startswith(inside)):
+        if not name or (inside is not None and name.startswith(inside)):
             continue
         if isinstance(module, BaseTunerLayer):
-            inside = (*inside, f"{name}.")
-        if not check_target_module_exists(config, name):
+            inside = f"{name}."
+        if not is_target(config, name):
             continue
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         # torch's attention takes the weight out of its output layer and never calls it.
@@ -78,27 +81,34 @@ def resolve_rank_ratios(rank_ratios: float | Mapping[str, float], targets: Itera
     names = list(targets)
     if not isinstance(rank_ratios, Mapping):
         return dict.fromkeys(names, float(rank_ratios))
-    exact = {name for name in rank_ratios if name in set(names)}
-    suffixes = {key: [name for name in names if name.endswith(f".{key}")] for key in rank_ratios if key not in exact}
-    unmatched = sorted(key for key, matches in suffixes.items() if not matches)
-    if unmatched:
-        raise ValueError(
-            f"rank_ratios has keys that match no targeted module: {', '.join(map(repr, unmatched))}. "
-            f"Give full names or suffixes of: {_some(names)}."
-        )
+    exact = rank_ratios.keys() & set(names)
+    matched = set(exact)
     resolved = {}
     for name in names:
         if name in exact:
             resolved[name] = float(rank_ratios[name])
             continue
-        keys = [key for key, matches in suffixes.items() if name in matches]
+        keys = [key for key in _suffixes(name) if key in rank_ratios and key not in exact]
         if len(keys) > 1:
             raise ValueError(
                 f"rank_ratios has several keys that match {name!r}: {', '.join(map(repr, sorted(keys)))}. "
                 "Keep one, or add the full name."
             )
+        matched.update(keys)
         resolved[name] = float(rank_ratios[keys[0]]) if keys else 0.0
+    unmatched = sorted(rank_ratios.keys() - matched)
+    if unmatched:
+        raise ValueError(
+            f"rank_ratios has keys that match no targeted module: {', '.join(map(repr, unmatched))}. "
+            f"Give full names or suffixes of: {_some(names)}."
+        )
     return resolved
+
+
+def _suffixes(name: str) -> list[str]:
+    """The suffixes of a name that begin behind a dot."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
 
 
 def _some(names: list[str], limit: int = 4) -> str:

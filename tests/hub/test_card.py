@@ -128,9 +128,14 @@ def test_no_local_path_is_told(load_clip, tmp_path: Path, name: str) -> None:
 
 def test_a_readme_above_is_left_alone(load_clip, tmp_path: Path) -> None:
     above = tmp_path / "README.md"
-    above.write_text("# My project\n")
-    adapted(load_clip(), hub_name=None).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    assert above.read_text() == "# My project\n"
+    # Even one of PEFT's that names a local base: it belongs to another adapter.
+    text = (
+        "---\nbase_model: ./my-model\nlibrary_name: peft\ntags:\n- base_model:adapter:./my-model\n---\n# My project\n"
+    )
+    above.write_text(text)
+    for name in ("default", "other"):
+        adapted(load_clip(), name, hub_name=None).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert above.read_text() == text
 
 
 def test_the_second_save_updates_our_section_and_keeps_the_rest(load_clip, tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from setar_peft import SeTARConfig
 from setar_peft.decomposition import Residual, decompose
-from setar_peft.tuner.checkpoint import check_adapter_tensors, check_base
+from setar_peft.tuner import adapter_file
+from setar_peft.tuner.checkpoint import TensorFacts, all_finite, check_adapter_tensors, check_base
 from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, assert_unchanged, inputs, snapshot
@@ -33,10 +35,14 @@ def _tensors(finetune: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
+def _facts(tensors: dict[str, Tensor]) -> dict[str, TensorFacts]:
+    return {name: TensorFacts.of(tensor) for name, tensor in tensors.items()}
+
+
 class TestTensors:
     @pytest.mark.parametrize("finetune", [False, True])
     def test_shapes_of_the_weights_are_told(self, finetune: bool) -> None:
-        assert check_adapter_tensors(_tensors(finetune), RATIOS, finetune=finetune) == {
+        assert check_adapter_tensors(_facts(_tensors(finetune)), RATIOS, finetune=finetune) == {
             "fc1": (16, 12),
             "fc2": (12, 16),
         }
@@ -48,7 +54,7 @@ class TestTensors:
             "head.setar_A0": torch.zeros(0, 12),
             "head.setar_ratio": torch.tensor(0.0),
         }
-        check_adapter_tensors(tensors, {**RATIOS, "head": 0.0}, finetune=True)
+        check_adapter_tensors(_facts(tensors), {**RATIOS, "head": 0.0}, finetune=True)
 
     @pytest.mark.parametrize(
         ("damage", "fragments"),
@@ -68,6 +74,10 @@ class TestTensors:
             (lambda t: t[f"{PREFIX}fc2.setar_B0"].fill_(torch.nan), ["fc2.setar_B0", "finite"]),
             (lambda t: t[f"{PREFIX}fc2.setar_A0"].fill_(torch.inf), ["fc2.setar_A0", "finite"]),
             (lambda t: t.update({f"{PREFIX}fc1.setar_B0": torch.ones(16, 3).int()}), ["fc1.setar_B0", "torch.int32"]),
+            (
+                lambda t: t.update({f"{PREFIX}fc1.setar_B0": torch.ones(16, 3).to(torch.float8_e4m3fn)}),
+                ["fc1.setar_B0", "torch.float8_e4m3fn", "bfloat16"],
+            ),
         ],
     )  # fmt: skip
     def test_what_contradicts_the_config_is_named(
@@ -76,14 +86,14 @@ class TestTensors:
         tensors = _tensors()
         damage(tensors)
         with pytest.raises(ValueError, match=r"\w") as error:
-            check_adapter_tensors(tensors, RATIOS, finetune=False)
+            check_adapter_tensors(_facts(tensors), RATIOS, finetune=False)
         assert all(fragment in str(error.value) for fragment in fragments), error.value
 
     def test_a_trained_factor_of_another_shape(self) -> None:
         tensors = _tensors(finetune=True)
         tensors[f"{PREFIX}fc1.setar_B"] = torch.ones(16, 4)
         with pytest.raises(ValueError, match=r"fc1\.setar_B has shape \(16, 4\); expected \(16, 3\)"):
-            check_adapter_tensors(tensors, RATIOS, finetune=True)
+            check_adapter_tensors(_facts(tensors), RATIOS, finetune=True)
 
 
 class TestFiles:
@@ -141,14 +151,13 @@ class TestBase:
 
     def test_says_nothing_of_the_right_one(self) -> None:
         layer, residual = self._layer()
-        check_base([("fc1", layer, residual)], strict=True)
-        rounded = SeTARLinear(layer.base_layer.bfloat16(), "default")
-        check_base([("fc1", rounded, residual)], strict=True)
+        check_base([("fc1", layer.weight, residual)], strict=True)
+        check_base([("fc1", layer.weight.bfloat16(), residual)], strict=True)
 
     def test_names_each_misfit_with_its_value(self) -> None:
         (first, right), (second, _) = self._layer(), self._layer(1)
         with pytest.raises(ValueError, match="another base model") as error:
-            check_base([("fc1", first, right), ("fc2", second, right)], strict=True)
+            check_base([("fc1", first.weight, right), ("fc2", second.weight, right)], strict=True)
         assert "fc2: " in str(error.value)
         assert "fc1: " not in str(error.value)
 
@@ -157,14 +166,46 @@ class TestBase:
         layer, residual = self._layer()
         layer.base_layer.weight.data = decompose(layer.base_layer.weight).kept(0.25)
         with pytest.raises(ValueError, match=r"fc1: -?0\.00"):
-            check_base([("fc1", layer, residual)], strict=True)
+            check_base([("fc1", layer.weight, residual)], strict=True)
 
     def test_an_empty_residual_fits_any(self) -> None:
         layer, _ = self._layer()
-        check_base([("fc1", layer, Residual(torch.zeros(16, 0), torch.zeros(0, 12)))], strict=True)
+        check_base([("fc1", layer.weight, Residual(torch.zeros(16, 0), torch.zeros(0, 12)))], strict=True)
 
 
 def test_a_loaded_adapter_is_what_was_saved(tmp_path: Path) -> None:
     model = get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS))
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(MLP(), tmp_path)(inputs()), model(inputs()))
+
+
+class TestFindingTheFile:
+    def test_a_hub_that_does_not_answer_is_no_missing_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreachable(repo: str, name: str, **settings: object) -> str:
+            raise LocalEntryNotFoundError("An error happened while trying to locate the file on the Hub.")
+
+        monkeypatch.setattr(adapter_file, "hf_hub_download", unreachable)
+        with pytest.raises(ValueError, match="not in the local cache, and the Hub could not be asked") as error:
+            adapter_file.find_adapter_file("user/adapter", None)
+        assert "adapter_model.safetensors of user/adapter" in str(error.value)
+        assert "has an adapter_config.json of a saved adapter, but no" not in str(error.value)
+
+    def test_no_file_in_the_repository(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def absent(repo: str, name: str, **settings: object) -> str:
+            raise EntryNotFoundError("404")
+
+        monkeypatch.setattr(adapter_file, "hf_hub_download", absent)
+        with pytest.raises(ValueError, match=r"but no adapter_model\.safetensors"):
+            adapter_file.find_adapter_file("user/adapter", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite(dtype: torch.dtype) -> None:
+    for size in (0, 1, 7, 5000):
+        tensor = torch.ones(size, dtype=dtype)
+        assert all_finite(tensor)
+        for value in (torch.nan, torch.inf, -torch.inf):
+            for place in {0, size // 2, size - 1} if size else ():
+                damaged = tensor.clone()
+                damaged[place] = value
+                assert not all_finite(damaged)

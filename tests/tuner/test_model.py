@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.warning import PeftWarning
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
 
 from setar_peft import SeTARConfig, SeTARLayer, search_rank_ratios
 from setar_peft.decomposition import decompose, residual_rank
 from setar_peft.tuner import layer as layer_module
-from tests.tuner.models import MLP, ConvMLP, assert_unchanged, inputs, snapshot
+from tests.tuner.models import MLP, Blocks, ConvMLP, assert_unchanged, inputs, snapshot
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 RATIOS = {"fc1": 0.25, "fc2": 0.5}
@@ -136,7 +139,7 @@ class TestFinetuned:
 
     def test_an_optimiser_made_before_the_first_forward_trains_what_is_there(self, tmp_path: Path) -> None:
         get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS, finetune=True)).save_pretrained(tmp_path)
-        # A saved config without its file makes a new adapter, whose factors are computed when they are needed.
+        # A saved config without its file makes a new adapter.
         config = SeTARConfig.from_pretrained(tmp_path)
         config.inference_mode = False
         model = get_peft_model(MLP(), config)
@@ -165,7 +168,7 @@ class TestSavingAndLoading:
             rank_ratios={"text_model.encoder.layers.0.mlp.fc1": 0.0, "fc1": 0.3},
             target_modules=["mlp.fc1"],
             finetune=finetune,
-            init_weights=False,
+            init_weights=not finetune,
             prune=prune,
         )
         model = get_peft_model(load_clip(), config).eval()
@@ -225,19 +228,78 @@ class TestSavingAndLoading:
             assert {key.split(".")[2] for key in file.keys()} == {"head"}  # noqa: SIM118
         assert not (tmp_path / "adapter_config.json").exists()
 
-    def test_saving_an_adapter_that_awaits_its_factors_writes_them(self, tmp_path: Path) -> None:
+    def test_a_new_adapter_from_a_loaded_config_is_whole_at_once(self, tmp_path: Path) -> None:
         get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS)).save_pretrained(tmp_path / "first")
         model = get_peft_model(MLP(), SeTARConfig.from_pretrained(tmp_path / "first"))
+        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
         model.save_pretrained(tmp_path / "second")
         files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("first", "second")]
         assert files[0] == files[1]
+
+    def test_no_placeholder_takes_memory_and_none_is_left(self, tmp_path: Path) -> None:
+        model = get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS, finetune=True))
+        model.save_pretrained(tmp_path)
+        empty = get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS, finetune=True), low_cpu_mem_usage=True)
+        factors = [value for name, value in empty.state_dict().items() if "setar" in name and "ratio" not in name]
+        assert len(factors) == 8
+        assert all(value.is_meta for value in factors)
+        with pytest.raises(ValueError, match="none was loaded"):
+            empty(inputs())
+        with pytest.raises(ValueError, match="none was loaded"):
+            empty.save_pretrained(tmp_path / "empty")
+        empty.load_adapter(tmp_path, "default", low_cpu_mem_usage=True)
+        assert torch.equal(empty(inputs()), model(inputs()))
+
+    def test_a_ratio_in_float64_from_before_is_loaded_as_float32(self, tmp_path: Path) -> None:
+        model = get_peft_model(MLP(), SeTARConfig(rank_ratios={"fc1": 0.3}))
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        name = "base_model.model.fc1.setar_ratio"
+        save_file({**load_file(file), name: torch.tensor(0.3, dtype=torch.float64)}, file)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "weights_sha256": None}))
+        for low_cpu_mem_usage in (False, True):
+            loaded = PeftModel.from_pretrained(MLP(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+            assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
+            assert loaded.peft_config["default"].rank_ratios == {"fc1": 0.3}
+
+
+class TestOneConfigForTwoModels:
+    def test_each_gets_its_own_map(self) -> None:
+        config = SeTARConfig(rank_ratios=0.25, target_modules=["fc", "out"])
+        before = dataclasses.asdict(config)
+        small, large = (get_peft_model(Blocks(count), config) for count in (2, 4))
+        assert dataclasses.asdict(config) == before
+        assert len(small.peft_config["default"].rank_ratios) == 4
+        assert len(large.peft_config["default"].rank_ratios) == 8
+        assert set(large.peft_config["default"].rank_ratios.values()) == {0.25}
+        assert small.peft_config["default"] is not config
+
+    def test_each_is_searched(self) -> None:
+        calls = []
+
+        def objective(model: nn.Module) -> float:
+            calls.append(model)
+            return -float(len(calls))
+
+        config = SeTARConfig(target_modules=["fc1"], candidate_ratios=[0.5], objective=objective)
+        for seed in (0, 1):
+            calls.clear()
+            model = get_peft_model(MLP(seed), config)
+            assert len(calls) == 2
+            assert model.peft_config["default"].rank_ratios == {"fc1": 0.5}
+            assert model.peft_config["default"].card.objective
+        assert config.objective is objective
+        assert config.card.objective == {}
 
 
 class TestMerging:
     @pytest.mark.parametrize("dtype", FLOATS)
     @pytest.mark.parametrize("finetune", [False, True])
     def test_merge_and_unmerge_to_the_bit(self, dtype: torch.dtype, finetune: bool) -> None:
-        model = get_peft_model(MLP().to(dtype), SeTARConfig(rank_ratios=RATIOS, finetune=finetune, init_weights=False))
+        model = get_peft_model(
+            MLP().to(dtype), SeTARConfig(rank_ratios=RATIOS, finetune=finetune, init_weights=not finetune)
+        )
         before = {name: value.clone() for name, value in model.state_dict().items()}
         x = inputs(dtype=dtype)
         adapted = model(x)
@@ -391,6 +453,69 @@ class TestWrongBase:
         # And it can still take an adapter.
         get_peft_model(base, SeTARConfig(rank_ratios=RATIOS))
 
+    def test_strict_in_load_adapter(self, folder: Path) -> None:
+        model = get_peft_model(MLP(seed=1), SeTARConfig(rank_ratios={"head": 0.4}))
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="another base model"):
+            model.load_adapter(folder, "other", strict_base=True)
+        assert_unchanged(model, before)
+        assert list(model.peft_config) == ["default"]
+        with pytest.raises(ValueError, match="strict_base is 1"):
+            model.load_adapter(folder, "other", strict_base=1)
+        with pytest.warns(PeftWarning, match="another base model"):
+            model.load_adapter(folder, "other")
+
+    @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+    @pytest.mark.parametrize("kind", ["dead units", "rank-deficient", "merged before"])
+    def test_the_right_base_where_rounding_noise_was_removed(
+        self, kind: str, low_cpu_mem_usage: bool, tmp_path: Path
+    ) -> None:
+        base = MLP()
+        with torch.no_grad():
+            if kind == "dead units":
+                base.fc1.weight[:10] = 0
+            elif kind == "rank-deficient":
+                base.fc1.weight.copy_(torch.randn(16, 4) @ torch.randn(4, 12))
+            else:
+                base = get_peft_model(base, SeTARConfig(rank_ratios=RATIOS)).merge_and_unload()
+        get_peft_model(copy.deepcopy(base), SeTARConfig(rank_ratios=RATIOS)).save_pretrained(tmp_path)
+        # Rounding differs from one machine's decomposition to another's, so that noise need not agree with the base.
+        file = tmp_path / "adapter_model.safetensors"
+        tensors = load_file(file)
+        b0 = tensors["base_model.model.fc1.setar_B0"]
+        assert b0.norm() < 1e-3
+        tensors["base_model.model.fc1.setar_B0"] = -b0
+        save_file(tensors, file)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "weights_sha256": None}))
+        PeftModel.from_pretrained(base, tmp_path, strict_base=True, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    @pytest.mark.parametrize(
+        ("kind", "fragment"), [("meta", "not here"), ("nan", "not finite"), ("huge", "not finite")]
+    )
+    def test_a_base_that_cannot_be_compared_is_not_taken_for_the_right_one(
+        self, kind: str, fragment: str, folder: Path
+    ) -> None:
+        base = MLP()
+        if kind == "meta":
+            base.to("meta")
+        elif kind == "nan":
+            base.fc1.weight.data[3, 3] = torch.nan
+        else:
+            file = folder / "adapter_model.safetensors"
+            save_file({name: tensor.fill_(3e38) if name.endswith(("A0", "B0")) else tensor
+                       for name, tensor in load_file(file).items()}, file)  # fmt: skip
+            config = json.loads((folder / "adapter_config.json").read_text())
+            (folder / "adapter_config.json").write_text(json.dumps({**config, "weights_sha256": None}))
+        before = {name: type(module) for name, module in base.named_modules()}
+        with pytest.raises(ValueError, match="Nothing says whether") as error:
+            PeftModel.from_pretrained(base, folder, strict_base=True)
+        assert fragment in str(error.value)
+        assert "fc1" in str(error.value)
+        assert {name: type(module) for name, module in base.named_modules()} == before
+        with pytest.warns(PeftWarning, match="Nothing says whether"):
+            PeftModel.from_pretrained(base, folder)
+
     def test_another_shape(self, folder: Path) -> None:
         base = MLP()
         base.fc2 = nn.Linear(16, 13)
@@ -436,8 +561,10 @@ class TestSearchInOneCall:
         assert torch.equal(torch.get_rng_state(), state)
         assert base.training
         assert len(seen) == 1 + 1 + 2 * 3
-        assert config.objective is None
-        ratios = config.rank_ratios
+        assert config.objective is objective
+        assert config.rank_ratios is None
+        assert model.peft_config["default"].objective is None
+        ratios = model.peft_config["default"].rank_ratios
         assert list(ratios) == ["fc1", "fc2"]
         assert set(ratios.values()) <= {0.0, 0.1, 0.3, 0.5}
         assert max(ratios.values()) > 0
@@ -505,10 +632,3 @@ class TestSearchInOneCall:
             get_peft_model(base, config)
         assert_unchanged(base, before)
         assert config.objective is objective
-
-    def test_ratios_are_not_searched_when_they_are_given(self) -> None:
-        def objective(model: nn.Module) -> float:
-            raise AssertionError("searched")
-
-        model = get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS, objective=objective))
-        assert model.peft_config["default"].rank_ratios == RATIOS

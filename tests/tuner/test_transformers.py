@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from setar_peft import SeTARConfig, SeTARLayer
 from setar_peft.tuner import layer as layer_module
+from tests.tuner.models import assert_unchanged, snapshot
 
 pytestmark = [
     # PEFT says so whenever transformers adds a second adapter, of whatever method.
@@ -49,7 +49,7 @@ def saved(
     request: pytest.FixtureRequest, load_clip: LoadClip, logits: Callable[[nn.Module], Tensor], tmp_path: Path
 ) -> tuple[Path, Tensor]:
     """A saved adapter and the logits that it gives."""
-    config = SeTARConfig(rank_ratios=0.3, finetune=request.param, init_weights=False)
+    config = SeTARConfig(rank_ratios=0.3, finetune=request.param, init_weights=not request.param)
     model = get_peft_model(load_clip(), config).eval()
     model.save_pretrained(tmp_path)
     return tmp_path, logits(model)
@@ -147,24 +147,24 @@ def test_saving_from_transformers_and_loading_with_peft(
     assert torch.equal(logits(PeftModel.from_pretrained(load_clip(), tmp_path)), logits(model))
 
 
-def test_another_base_is_noticed_on_first_use(
-    load_clip: LoadClip, logits: Callable[[nn.Module], Tensor], saved: tuple[Path, Tensor]
-) -> None:
-    model = load_clip()
-    for name, module in model.named_modules():
-        if name.endswith("mlp.fc1"):
-            nn.init.normal_(module.weight, std=0.02, generator=torch.Generator().manual_seed(0))
-    model.load_adapter(str(saved[0]))
+def test_another_base_is_noticed(load_clip: LoadClip, saved: tuple[Path, Tensor]) -> None:
+    def other() -> CLIPModel:
+        model = load_clip()
+        for name, module in model.named_modules():
+            if name.endswith("mlp.fc1"):
+                nn.init.normal_(module.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+        return model
+
     with pytest.warns(PeftWarning, match="another base model"):
-        logits(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        logits(model)
+        other().load_adapter(str(saved[0]))
+    model = other()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="another base model"):
+        model.load_adapter(str(saved[0]), strict_base=True)
+    assert_unchanged(model, before)
 
 
-def test_compiles_after_its_first_use(
-    load_clip: LoadClip, logits: Callable[[nn.Module], Tensor], saved: tuple[Path, Tensor]
-) -> None:
+def test_compiles(load_clip: LoadClip, logits: Callable[[nn.Module], Tensor], saved: tuple[Path, Tensor]) -> None:
     torch._dynamo.reset()
     model = load_clip()
     model.load_adapter(str(saved[0]))

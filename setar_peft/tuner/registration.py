@@ -1,0 +1,106 @@
+"""What PEFT's and transformers' ways of loading are given besides: all that the caller asked for, and all or nothing.
+
+Neither passes `strict_base` or `key_mapping` on to a tuner, transformers calls no method of a tuner after loading, and
+where a load fails half way they leave the adapter in the model. Other methods' adapters pass through unchanged.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.peft import PeftAdapterMixin
+
+from setar_peft.tuner.config import SeTARConfig
+from setar_peft.tuner.loading import CURRENT, Load, key_mapping_as_rename
+from setar_peft.tuner.model import SeTARModel
+from setar_peft.tuner.removal import remove_adapter
+
+
+def wrap_loading() -> None:
+    """Wrap the three methods that load an adapter from files; to be called once."""
+    from_pretrained: Any = PeftModel.from_pretrained.__func__
+    load_adapter, by_transformers = PeftModel.load_adapter, PeftAdapterMixin.load_adapter
+
+    @functools.wraps(from_pretrained)
+    def wrapped_from_pretrained(
+        cls: type[PeftModel], model: nn.Module, model_id: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
+    ) -> PeftModel:
+        mapping = kwargs.get("key_mapping")
+        if mapping is None:  # as PEFT has it
+            mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        with _load(model, adapter_name, kwargs.get("strict_base"), key_mapping_as_rename(mapping or {})):
+            loaded: PeftModel = from_pretrained(cls, model, model_id, adapter_name, *args, **kwargs)
+            return loaded
+
+    @functools.wraps(load_adapter)
+    def wrapped_load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        rename = key_mapping_as_rename(kwargs.get("key_mapping") or {})
+        with _load(self.get_base_model(), adapter_name, kwargs.pop("strict_base", None), rename):
+            return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+    @functools.wraps(by_transformers)
+    def wrapped_by_transformers(
+        self: Any, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        name, strict = adapter_name or "default", kwargs.pop("strict_base", None)
+        mapping = getattr(kwargs.get("load_config"), "weight_mapping", None) or kwargs.get("weight_mapping")
+        with _load(self, name, strict, _conversions_as_rename(mapping, self)) as load:
+            info = by_transformers(self, peft_model_id, adapter_name, *args, **kwargs)
+            config = self.peft_config.get(name)
+            if load is not None and isinstance(config, SeTARConfig):
+                SeTARModel.check_loaded(self, config, name)
+            return info
+
+    PeftModel.from_pretrained = classmethod(wrapped_from_pretrained)
+    PeftModel.load_adapter = wrapped_load_adapter
+    PeftAdapterMixin.load_adapter = wrapped_by_transformers
+
+
+@contextmanager
+def _load(
+    base: nn.Module, adapter_name: str, strict_base: object, rename: Callable[[str], str]
+) -> Iterator[Load | None]:
+    """Make a load the current one; if it fails, an adapter that was not there before is taken out of the model."""
+    if CURRENT.get() is not None:  # PEFT's from_pretrained goes on in load_adapter
+        yield None
+        return
+    if strict_base is not None and not isinstance(strict_base, bool):
+        raise ValueError(f"strict_base is {strict_base!r}; give True or False.")
+    there = adapter_name in _configs(base)
+    trainable = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    load = Load(bool(strict_base), rename)
+    token = CURRENT.set(load)
+    try:
+        yield load
+    except BaseException:
+        if not there and isinstance(_configs(base).get(adapter_name), SeTARConfig):
+            remove_adapter(base, adapter_name, trainable)
+        raise
+    finally:
+        CURRENT.reset(token)
+
+
+def _configs(base: nn.Module) -> Mapping[str, Any]:
+    configs = getattr(base, "peft_config", {})
+    return configs if isinstance(configs, Mapping) else {}
+
+
+def _conversions_as_rename(conversions: list[Any] | None, model: Any) -> Callable[[str], str]:
+    """What transformers renames the tensors of a file with; as there, a name that the model has stays as it is."""
+    conversions = conversions or get_model_conversion_mapping(model)
+    renamings = [item for item in conversions if isinstance(item, WeightRenaming)]
+    converters = [item for item in conversions if isinstance(item, WeightConverter)]
+    modules = {name for name, _ in model.named_modules()}
+
+    def rename(name: str) -> str:
+        known = name.rpartition(".")[0] in modules
+        return name if known else rename_source_key(name, renamings, converters)[0]
+
+    return rename
