@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ def may_be_gone_round(base: nn.Module) -> bool:
     if type(base).forward not in (nn.Linear.forward, Conv1D.forward) or type(base).__call__ is not nn.Module.__call__:
         return False
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    if "forward" in vars(base) or any(hooks) or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    if "forward" in vars(base) or any(hooks) or any(_global_hooks()):
         return False
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.is_meta or weight.requires_grad or weight.is_inference():
@@ -42,6 +42,13 @@ def may_be_gone_round(base: nn.Module) -> bool:
         weight.is_cuda and torch.cuda.is_current_stream_capturing()
     )
     return not recorded and not _is_sharding()
+
+
+def _global_hooks() -> tuple[Mapping[int, Any], ...]:
+    return (
+        *(torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks),
+        *(torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks),
+    )
 
 
 def _is_sharding() -> bool:
