@@ -15,6 +15,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from setar_peft.versions import __version__
+
 if TYPE_CHECKING:
     from setar_peft.data.images import ImageSource
     from setar_peft.detection.evaluation import evaluate
@@ -41,14 +43,13 @@ __all__ = [
     "SeTARModel",
     "SearchResult",
     "SearchTrace",
+    "__version__",
     "estimate_cost",
     "evaluate",
     "export_lora",
     "locoop_loss",
     "search_rank_ratios",
 ]
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "CardFacts": "tuner.config",

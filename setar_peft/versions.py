@@ -1,17 +1,14 @@
-"""The versions that a result was made with."""
+"""The version of this package, and the versions that a result was made with."""
 
 from __future__ import annotations
 
+import importlib
 import platform
-from importlib.metadata import version
 
-import setar_peft
+__version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
     """Name -> version, of this package, of what it computes with, and of Python."""
-    return {
-        "setar_peft": setar_peft.__version__,
-        **{name: version(name) for name in ("torch", "transformers", "peft")},
-        "python": platform.python_version(),
-    }
+    computing = {name: str(importlib.import_module(name).__version__) for name in ("torch", "transformers", "peft")}
+    return {"setar_peft": __version__, **computing, "python": platform.python_version()}

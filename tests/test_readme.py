@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 
 from setar_peft.backbones.loading import load_model, load_processor
 from tests.conftest import GOLDEN, read_json
@@ -44,16 +43,13 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
         "class_names": read_json(CASES / "folders.json"),
         "load_model": load_model,
         "load_processor": load_processor,
-        "PeftModel": PeftModel,
-        "base": load_model(model_folder),
         "pixel_values": torch.zeros(2, 3, 32, 32),
     }
-    one_call, save, detect = _blocks()
-    for block in (one_call, detect, save):
+    for block in _blocks():
         exec(compile(block, str(README), "exec"), names)
     assert any(names["peft_model"].peft_config["default"].rank_ratios.values())
     assert names["scores"].shape == (2,)
-    assert type(names["plain"]).__name__ == "CLIPModel"
+    assert type(names["peft_model"].merge_and_unload()).__name__ == "CLIPModel"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights
-from setar_peft.backbones.base import Backbone, without_autocast
+from setar_peft.backbones.base import Backbone, ClassWeights, without_autocast
 
 
 class ClassifierBackbone(Backbone):

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights
 from setar_peft.backbones.attention import attended_by_first
-from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
+from setar_peft.backbones.base import Backbone, ClassWeights, Tower, TowerInput, check_images
 from setar_peft.backbones.prompts import (
     Prompts,
     block_step,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights
+from setar_peft.backbones.base import ClassWeights
 from setar_peft.backbones.classifier import linear_map
 from setar_peft.backbones.vit import ViTBackbone, ViTTower
 

@@ -33,6 +33,8 @@ from setar_peft.tuner.config_checks import CRITERIA, ORDERS
 
 _METRICS = get_args(PatchMetric)
 _CANDIDATES = ",".join(f"{ratio:g}" for ratio in DEFAULT_CANDIDATES)
+# Of each criterion the base's loss and the column of the trace.
+_COLUMNS = {"total": ("total", "total_loss"), "id": ("id_loss", "id_loss"), "ood": ("ood_loss", "ood_loss")}
 _OBJECTIVE = inspect.signature(LoCoOpObjective).parameters
 
 # The options that the demo has, too.
@@ -165,11 +167,16 @@ def search(
         return
     _save(get_peft_model(base, result.config), output)
     (output / "trace.csv").write_text(result.trace.to_csv(), encoding="utf-8")
-    if find_spec("matplotlib"):
+    has_figure = find_spec("matplotlib") is not None
+    if has_figure:
         plots.search_figure(result.trace).savefig(output / "trace.png", dpi=150)
     typer.echo(result.trace.table())
-    first, last = result.trace.initial.total, result.trace.rows[-1].total_loss
-    typer.echo(f"Loss {first:.6f} -> {last:.6f}. The adapter and the trace (JSON, CSV, PNG) are in {output}.")
+    before, after = _COLUMNS[config.criterion]
+    first, last = getattr(result.trace.initial, before), getattr(result.trace.rows[-1], after)
+    typer.echo(
+        f"{criterion} {first:.6f} -> {last:.6f}. The adapter, trace.json and trace.csv are in {output}, "
+        + ("and trace.png." if has_figure else "no figure, for which matplotlib is missing (the extra demo).")
+    )
 
 
 def _check_output(trace_path: Path, *, resume: bool, overwrite: bool) -> None:

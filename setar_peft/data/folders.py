@@ -87,7 +87,7 @@ def class_names_of(
 
     Returns:
         The classes, in the classifier's order if it names them; else as the file has them; else one for each
-        subfolder, sorted, numbers as numbers.
+        subfolder, sorted, numbers as numbers, with spaces for underscores.
 
     Raises:
         ValueError: If the folder or file cannot be read, or the names are not the classifier's.
@@ -111,7 +111,8 @@ def class_names_of(
             "in the order of the model's outputs."
         )
     root = Path(images)
-    return ClassNames.of(in_natural_order(path.name for path in _entries(root) if path.is_dir()))
+    # For a prompt: "a photo of a golden retriever". The folders still match, and the caller is told.
+    return ClassNames.of(in_natural_order(path.name.replace("_", " ") for path in _entries(root) if path.is_dir()))
 
 
 def _read_json(file: str | Path) -> Any:

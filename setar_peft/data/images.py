@@ -14,7 +14,7 @@ from torch import Tensor
 
 from setar_peft.data.decoding import ahead, decoded, name_of, processor_channels
 from setar_peft.data.folders import read_folder
-from setar_peft.data.labels import ClassNames, class_indices
+from setar_peft.data.labels import ClassNames, check_has_classes, check_same_numbers, class_indices
 from setar_peft.data.rows import Rows, rows_of
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class ImageSource:
     ) -> None:
         self.batch_size = checked_batch_size(batch_size)
         self.classes = classes = None if class_names is None else ClassNames.of(class_names)
+        check_has_classes(labels, classes)
         where = "The labels"
         self._images: Tensor | None = None
         if isinstance(dataset, Tensor):
@@ -84,6 +85,7 @@ class ImageSource:
         else:
             labelled = classes is not None and labels is None
             rows = rows_of(dataset, "image", image_column, label_column, labelled=labelled)
+            check_same_numbers(labels, rows.label_names, classes)
         if self._images is None:
             self._image_processor = image_processor_of(processor)
             self._channels = processor_channels(self._image_processor)

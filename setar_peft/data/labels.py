@@ -208,6 +208,38 @@ def class_indices(
     return table[tensor], _said(index, classes)
 
 
+def check_has_classes(labels: Any, classes: ClassNames | None) -> None:
+    """Refuse labels of which nobody says what they mean.
+
+    Raises:
+        ValueError: If there are labels and no classes.
+    """
+    if labels is not None and classes is None:
+        raise ValueError("There are labels and no class_names; say which classes they are, or leave the labels out.")
+
+
+def check_same_numbers(labels: Any, label_names: Sequence[str] | None, classes: ClassNames | None) -> None:
+    """Refuse integer labels beside data that number the same classes otherwise: whose numbers they are is not known.
+
+    Args:
+        labels: Labels that were given beside the data; None or names are no question.
+        label_names: What the data call the classes in their own order.
+        classes: The classes.
+
+    Raises:
+        ValueError: If the data's names are those of the classes in another order.
+    """
+    if labels is None or label_names is None or classes is None or any(isinstance(label, str) for label in labels):
+        return
+    matched = _matched(label_names, classes)
+    if isinstance(matched, dict) and list(matched.values()) != list(range(len(label_names))):
+        raise ValueError(
+            f"labels are numbers, and the data number their classes otherwise than class_names: {_listed(label_names)} "
+            f"against {_listed(classes.names)}. Leave labels out, and the data's own are matched by name, or give "
+            "class names as labels."
+        )
+
+
 def matching_sentence(matched: Mapping[str, str]) -> str | None:
     """What was matched with what, in a line; None where everything has one name."""
     other = [f"{found} -> {name}" for found, name in matched.items() if found != name]

@@ -23,7 +23,8 @@ class Rows:
         count: Number of inputs.
         input: `number -> input`; images may be undecoded.
         labels: One label an input; None where there are none or they are not asked for.
-        label_names: What the data call the classes that integer labels stand for; None where they have no names.
+        label_names: What the data call the classes that integer labels stand for, also where labels are not asked for;
+            None where they have no names.
     """
 
     count: int
@@ -120,9 +121,9 @@ def _of_datasets(data: Any, kind: str, input_column: str | None, label_column: s
         inputs = data.select_columns([chosen[kind]])
         labels = list(data[chosen["label"]]) if labelled else None
         rows = Rows(len(inputs), lambda number: _local(inputs[number][chosen[kind]], feature), labels)
-    named = features.get(chosen["label"]) if labelled else None
-    if isinstance(named, datasets.ClassLabel):
-        rows.label_names = list(named.names)
+    named = chosen.get("label") or next(iter(typed["label"]), None)
+    if named is not None and isinstance(features.get(named), datasets.ClassLabel):
+        rows.label_names = list(features[named].names)
     return rows
 
 
@@ -154,7 +155,8 @@ def _of_torch(data: Any, kind: str, input_column: str | None, label_column: str 
             )
         return Rows(len(items), items.__getitem__)
     labels = [_label(items, number, chosen["label"]) for number in range(len(items))] if labelled else None
-    return Rows(len(items), lambda number: items[number][chosen[kind]], labels, _torch_names(data))
+    names = _torch_names(data) if labelled else None
+    return Rows(len(items), lambda number: items[number][chosen[kind]], labels, names)
 
 
 def _label(items: Any, number: int, column: Any) -> Any:
@@ -178,7 +180,14 @@ def _torch_names(data: Any) -> list[str] | None:
             raise ValueError("The concatenated data sets name their classes differently; give labels.")
         return found[0]
     names = getattr(data, "classes", None)
-    return list(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    if getattr(data, "target_transform", None) is not None:
+        raise ValueError(
+            "The data set has a target_transform, so that its labels are not the numbers of its classes; take it away, "
+            "or give labels."
+        )
+    return list(names)
 
 
 def _columns(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from setar_peft.data.images import checked_batch_size
-from setar_peft.data.labels import ClassNames, class_indices
+from setar_peft.data.labels import ClassNames, check_has_classes, check_same_numbers, class_indices
 from setar_peft.data.rows import check_is_one_set, rows_of
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class NamedInputs:
-    """A labelled set of texts or processed inputs, in a fixed order.
+    """A set of texts or processed inputs, in a fixed order, labelled or not.
 
     Args:
         tokenizer: The model's tokenizer, or a processor with one in it. Not used for processed inputs.
@@ -27,13 +27,14 @@ class NamedInputs:
         labels: One class index or class name an input; a data set has them in its label column.
         class_names: Names of the classes in the labels' order, or a mapping from what the data call them to their
             names. Names that the data have (a `ClassLabel`, labels that are strings) are matched with them by name.
+            None for inputs without labels, such as an OOD set.
         batch_size: Inputs a batch. Texts are padded to the longest of their batch.
         text_column: Name of the data set's text column.
         label_column: Name of the data set's label column.
 
     Attributes:
-        labels: (inputs,) class indices.
-        classes: The classes that the labels mean.
+        labels: (inputs,) class indices, -1 without classes.
+        classes: The classes that the labels mean; None without.
         matched: What the data call each class -> its class name; empty where the data have no names.
         batch_size: Inputs a batch.
 
@@ -47,13 +48,15 @@ class NamedInputs:
         data: Sequence[str] | datasets.Dataset | datasets.IterableDataset | Mapping[str, Tensor] | Any,
         labels: Tensor | Sequence[int] | Sequence[str] | None = None,
         *,
-        class_names: Sequence[str] | Mapping[Any, str] | ClassNames,
+        class_names: Sequence[str] | Mapping[Any, str] | ClassNames | None = None,
         batch_size: int = 64,
         text_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
         self.batch_size = checked_batch_size(batch_size)
         check_is_one_set(data)
+        self.classes = None if class_names is None else ClassNames.of(class_names)
+        check_has_classes(labels, self.classes)
         label_names = None
         self._tensors: Mapping[str, Tensor] | None = None
         self._texts: list[str] = []
@@ -67,7 +70,9 @@ class NamedInputs:
             self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
             if not callable(self._tokenizer):
                 raise ValueError(f"Texts need the model's tokenizer; processor is {tokenizer!r}.")
-            rows = rows_of(data, "text", text_column, label_column, labelled=labels is None)
+            labelled = self.classes is not None and labels is None
+            rows = rows_of(data, "text", text_column, label_column, labelled=labelled)
+            check_same_numbers(labels, rows.label_names, self.classes)
             if labels is None:
                 labels, label_names = rows.labels, rows.label_names
             self._texts, self._length = [rows.input(number) for number in range(rows.count)], rows.count
@@ -78,7 +83,6 @@ class NamedInputs:
                 )
         if not self._length:
             raise ValueError("There are no inputs; give at least one.")
-        self.classes = ClassNames.of(class_names)
         self.labels, self.matched = class_indices(labels, label_names, self._length, self.classes)
 
     def __len__(self) -> int:

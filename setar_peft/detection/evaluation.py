@@ -164,10 +164,11 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     objective: Objective,
-    id_images: ImageSource | NamedInputs,
+    id_images: Any,
     ood_images: Mapping[str, Any],
     *,
     scores: Scores = DEFAULT_SCORES,
+    temperature: float | None = None,
     processor: Any = None,
     positive: Positive = "id",
     threshold: ThresholdRule = "at_least",
@@ -180,12 +181,15 @@ def evaluate(
     Args:
         model: A stock model of a known family, or a PEFT model, which is evaluated as its active adapters make it.
         objective: Gives the class prompts; its images are not read.
-        id_images: In-distribution images, with labels where an accuracy is wanted.
-        ood_images: Name of an OOD set -> its images: an `ImageSource`, or whatever one takes (a folder, a data set,
-            a tensor of pixel values, a sequence of PIL images).
+        id_images: In-distribution images: an `ImageSource` or `NamedInputs`, with class names where an accuracy is
+            wanted; or whatever an `ImageSource` takes (a folder, a data set, a tensor of pixel values, a sequence of
+            paths or PIL images), without labels.
+        ood_images: Name of an OOD set -> its images, likewise.
         scores: Names out of `setar_peft.detection.scores.SCORES`, with the paper's settings; or a mapping from names
             to settings of another kind, such as `{"mcm": {}, "gl_mcm": {"local_weight": 0.5, "temperature": 1.0}}`.
-        processor: The model's processor; only for OOD images that are no `ImageSource` and no tensor.
+        temperature: Divides the logits of every score whose settings do not say it, > 0; by default the paper's, which
+            is another for each score (see `setar_peft.detection.scores`).
+        processor: The model's processor; only for images that are no `ImageSource` and no tensor.
         positive: The positive class of the false-positive rate, "id" or "ood".
         threshold: How its threshold is chosen, "at_least" or "closest".
         tpr: Its level, 0 < tpr <= 1.
@@ -196,14 +200,19 @@ def evaluate(
     """
     if not ood_images:
         raise ValueError("ood_images is empty; give at least one OOD set, for example {'noise': images}.")
-    sources = {
-        name: images if isinstance(images, (ImageSource, NamedInputs)) else ImageSource(processor, images)
-        for name, images in ood_images.items()
-    }
+
+    def source(images: Any) -> ImageSource | NamedInputs:
+        return images if isinstance(images, (ImageSource, NamedInputs)) else ImageSource(processor, images)
+
+    id_images = source(id_images)
+    sources = {name: source(images) for name, images in ood_images.items()}
     if id_images.classes is not None:
         objective.check_labels(id_images.classes)
-    known = image_scores(model, objective, id_images, scores=scores)
-    unknown = {name: image_scores(model, objective, source, scores=scores) for name, source in sources.items()}
+    known = image_scores(model, objective, id_images, scores=scores, temperature=temperature)
+    unknown = {
+        name: image_scores(model, objective, images, scores=scores, temperature=temperature)
+        for name, images in sources.items()
+    }
     rows = [
         EvaluationRow(
             name,
@@ -230,6 +239,7 @@ def image_scores(
     images: ImageSource | NamedInputs,
     *,
     scores: Scores = DEFAULT_SCORES,
+    temperature: float | None = None,
 ) -> ImageScores:
     """Global logits and scores of a set of images, in evaluation mode and without gradients.
 
@@ -238,6 +248,7 @@ def image_scores(
         objective: Gives the class prompts; its images are not read.
         images: The images, labelled or not.
         scores: As for `evaluate`.
+        temperature: As for `evaluate`.
 
     Raises:
         ValueError: If no score is given, one is unknown or has no such setting, the family of the model is not known,
@@ -248,6 +259,8 @@ def image_scores(
     given: Mapping[str, Mapping[str, Any]] = scores if isinstance(scores, Mapping) else {name: {} for name in scores}
     if not all(isinstance(chosen, Mapping) for chosen in given.values()):
         raise ValueError(f"scores is {scores!r}; give each score its settings by name, as in {{'mcm': {{}}}}.")
+    if temperature is not None:
+        given = {name: {"temperature": temperature, **chosen} for name, chosen in given.items()}
     found = {name: find_score(name) for name in given}
     needs_local = any(entry.needs_local for entry in found.values())
     logits, labels, values = [], [], []

@@ -29,7 +29,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     backbone = backbone_of(base)
     with left_as_it_was(base):
-        yield backbone, next(base.parameters()).device
+        yield backbone, backbone.device
 
 
 class Objective(ABC):
@@ -40,11 +40,13 @@ class Objective(ABC):
             Tables name it.
         prompt_batch_size: Class prompts encoded at once; None for as many as suit the device.
         sums_size: How many numbers `sums` gives.
+        criteria: Which of the loss and its parts a search may minimise: "total", "id", "ood".
     """
 
     prompt: str | Sequence[str] | None = None
     prompt_batch_size: int | None = None
     sums_size: ClassVar[int] = len(LossSums._fields)
+    criteria: ClassVar[tuple[str, ...]] = ("total", "id", "ood")
 
     @abstractmethod
     def batches(self) -> Iterator[tuple[Tensor | Mapping[str, Tensor], Tensor]]:

@@ -168,8 +168,11 @@ def locoop_loss(
     ood_weight: float,
     top_k: int,
     eps: float = 1e-5,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """The LoCoOp loss of one batch of logits, differentiable (paper, Eq. 10 to 12).
+
+    The OOD loss is a mean over the OOD patches of this batch; that of several batches is no mean of theirs.
 
     Args:
         global_logits: (images, classes).
@@ -178,11 +181,15 @@ def locoop_loss(
         ood_weight: lambda, the weight of the OOD loss.
         top_k: K of Eq. 10.
         eps: Of the entropy (see `negative_entropy`).
+        mask: (images, patches), bool: which patches there are, as `Logits.mask` says; by default all. The others count
+            for nothing.
 
     Returns:
         The loss, a float32 scalar.
     """
     is_ood = ood_patch_mask(local_logits.detach(), labels, top_k)
+    if mask is not None:
+        is_ood = is_ood & mask
     id_loss = F.cross_entropy(global_logits.float(), labels)
     ood_loss = negative_entropy(local_logits[is_ood].float(), eps).sum() / is_ood.sum().clamp(min=1)
     return id_loss + ood_weight * ood_loss

@@ -38,6 +38,8 @@ class PatchMetricObjective(LoCoOpObjective):
     bins: ClassVar[int] = 2**15
     octaves: ClassVar[tuple[int, int]] = (-10, 6)
     sums_size: ClassVar[int] = len(LossSums._fields) + 2 * bins
+    # The loss's parts are reported, not minimised.
+    criteria: ClassVar[tuple[str, ...]] = ("total",)
 
     def __init__(self, *args: Any, metric: PatchMetric = "auroc", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

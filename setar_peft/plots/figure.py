@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; grey-blue for ID, warm ones first for OOD.
 ID_COLOUR = "#0072B2"
-
-
 OOD_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 ScoresBySet: TypeAlias = Mapping[str, NDArray[Any]]
 
-
 _BINS = 30
 
 

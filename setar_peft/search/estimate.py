@@ -122,7 +122,7 @@ class _TowerCost:
 
 
 def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config: SeTARConfig) -> CostEstimate:
-    device = next(backbone.model.parameters()).device
+    device = backbone.device
     batches = [(named_inputs(inputs), labels) for inputs, labels in islice(objective.batches(), 2)]
     images = len(objective) if hasattr(objective, "__len__") else sum(len(labels) for _, labels in objective.batches())
     costs = {
@@ -192,7 +192,7 @@ def _probe(
     backbone: Backbone, plan: SearchPlan, name: str, batches: list[Mapping[str, Tensor]], rows: int
 ) -> _TowerCost:
     """The cost of a tower from two batches: the first warms up and shows the memory, the last is timed."""
-    tower, device = backbone.towers[name], next(backbone.model.parameters()).device
+    tower, device = backbone.towers[name], backbone.device
     searched = {at.level: layer for layer, at in plan.locations.items() if at.tower == name}
     shared = 0
     with PeakMemory() as memory:
@@ -233,7 +233,7 @@ def _probe(
 def _probe_loss(backbone: Backbone, objective: Objective, batch: Any, images: int) -> tuple[float, int, ClassWeights]:
     """Seconds and bytes that the loss of all images takes on top of the towers, and the class weights."""
     inputs, labels = batch
-    device = next(backbone.model.parameters()).device
+    device = backbone.device
     classes = objective.class_weights(backbone)
     features, labels = backbone.image_features(_on(device, inputs)), labels.to(device)
     with PeakMemory() as memory:

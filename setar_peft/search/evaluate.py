@@ -108,7 +108,7 @@ class ReplayEvaluator(Evaluator):
         self._largest_batch = largest_batch
         self._objective = objective
         self._backbone = backbone
-        self._device = next(backbone.model.parameters()).device
+        self._device = backbone.device
         self._processes = processes or Processes(self._device)
         self._budget = MemoryBudget(self._device, recording_memory)
         self._labels: list[Tensor] = []

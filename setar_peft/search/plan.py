@@ -99,8 +99,9 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
         config: Targets, order, candidates and passes.
 
     Raises:
-        ValueError: If the model has adapters, the objective is none or not one of the model's classes, no layer or no
-            order fits, or no candidate of any layer removes anything.
+        ValueError: If the model has adapters, the objective is none or not one of the model's classes or has no such
+            criterion, no layer or no order fits, candidates are given for weights that are not searched, or none of any
+            layer removes anything.
     """
     adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None:
@@ -109,11 +110,23 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
             "first, or search before adding adapters."
         )
     backbone = _backbone(model, objective)
+    criteria = objective.criteria if isinstance(objective, Objective) else ("total",)
+    if config.criterion not in criteria:
+        raise ValueError(
+            f"criterion is {config.criterion!r}, and {type(objective).__name__} has no such part; give one of "
+            f"{', '.join(map(repr, criteria))}."
+        )
     layers = _layers_by_tower(model, config, backbone)
     locations = {name: location for tower in layers.values() for name, location in tower.items()}
     steps = steps_of(_order(config, layers), {tower: list(names) for tower, names in layers.items()})
     visited = {name for step in steps for name in step}
     locations = {name: location for name, location in locations.items() if name in visited}
+    searched = {location.weight_type for location in locations.values()}
+    if isinstance(config.candidate_ratios, dict) and (strange := set(config.candidate_ratios) - searched - {"default"}):
+        raise ValueError(
+            f"candidate_ratios names {', '.join(sorted(strange))}, which is not searched; searched are "
+            f"{', '.join(sorted(searched))}. Write those, or 'default' for all others."
+        )
     given = {name: config.candidates_of(location.weight_type) for name, location in locations.items()}
     candidates, left_out = _different_candidates(model, given)
     return SearchPlan(backbone, locations, steps, candidates, config.passes, left_out)

@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from setar_peft.search.trace import (
     trace_to_continue,
 )
 from setar_peft.search.weights import SwappableWeight
-from setar_peft.tuner.config import SeTARConfig
+from setar_peft.tuner.config import SeTARConfig, objective_settings
 from setar_peft.tuner.layer import KnownSplit, SplitSettings
 
 _CRITERIA = {"total": "total", "id": "id_loss", "ood": "ood_loss"}
@@ -131,6 +131,7 @@ def search_rank_ratios(
         course.run()
     found = copy.copy(config)
     found.rank_ratios, found.target_modules, found.objective = course.rank_ratios, set(course.rank_ratios), None
+    found.card = replace(config.card, objective=objective_settings(objective))
     found.known_splits = _known_splits(model, evaluator.residuals, found)
     return SearchResult(dict(course.rank_ratios), course.trace, found, evaluator.residuals)
 

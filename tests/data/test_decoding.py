@@ -187,4 +187,4 @@ def test_no_thread_outlives_its_use(how: str) -> None:
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # others may have ended meanwhile

@@ -129,6 +129,8 @@ def test_nothing_is_matched_by_position(tmp_path: Path, folders: list[str], name
 def test_class_names_come_from_a_file_the_model_or_the_subfolders(tmp_path: Path) -> None:
     folder = fill(tmp_path / "images", *(f"{number}/a.png" for number in range(12)))
     assert class_names_of(folder, None).names == tuple(map(str, range(12)))
+    named = fill(tmp_path / "named", "golden_retriever/a.png", "T-shirt/a.png")
+    assert class_names_of(named, None).names == ("T-shirt", "golden retriever")
     file = tmp_path / "names.json"
     file.write_text(json.dumps(["a", "b", "c"]))
     assert class_names_of(folder, file).names == ("a", "b", "c")

@@ -237,8 +237,29 @@ def test_class_labels_in_another_order_are_matched_by_name(processor: Any, pictu
         source = ImageSource(processor, dataset, class_names=NAMES)
         assert source.labels.tolist() == [2, 2, 0, 0, 1, 1]
         assert source.matched == {"Frog": "frog", "cat": "cat", "dog": "dog"}
-    # Indices that the user gives are indices of the user's names.
-    assert ImageSource(processor, table, LABELS, class_names=NAMES).labels.tolist() == LABELS
+    # Whose numbers a user's are, who has both at hand, is not known: the table's own, or those of class_names.
+    for numbers in (LABELS, table["label"], torch.tensor(LABELS)):
+        with pytest.raises(ValueError, match=r"number their classes otherwise.*Frog, cat, dog against .*Leave labels"):
+            ImageSource(processor, table, numbers, class_names=NAMES)
+    by_name = [table.features["label"].names[label] for label in table["label"]]
+    assert ImageSource(processor, table, by_name, class_names=NAMES).labels.tolist() == [2, 2, 0, 0, 1, 1]
+    same = ImageSource(processor, table, LABELS, class_names=["frog", "cat", "dog"])
+    assert same.labels.tolist() == LABELS
+
+
+def test_labels_mean_nothing_without_class_names(processor: Any, pictures: list[Image.Image]) -> None:
+    with pytest.raises(ValueError, match="labels and no class_names; say which classes they are"):
+        ImageSource(processor, pictures, LABELS)
+
+
+def test_a_torch_data_sets_names_are_not_those_of_transformed_labels(
+    processor: Any, pictures: list[Image.Image]
+) -> None:
+    data = Pairs(pictures)
+    data.classes, data.target_transform = ["frog", "cat", "dog"], lambda label: 2 - label
+    with pytest.raises(ValueError, match="has a target_transform, so that its labels are not the numbers"):
+        ImageSource(processor, data, class_names=["frog", "cat", "dog"])
+    assert len(ImageSource(processor, data)) == len(pictures)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,13 @@ class Pairs(torch.utils.data.Dataset[Any]):
         return TEXTS[number], [1, 1, 2, 0][number]
 
 
+def test_texts_of_no_class_need_none() -> None:
+    source = NamedInputs(checks.WordTokenizer(), TEXTS)
+    assert (source.labels.tolist(), source.classes, source.matched) == ([-1] * len(TEXTS), None, {})
+    with pytest.raises(ValueError, match="labels and no class_names"):
+        NamedInputs(checks.WordTokenizer(), TEXTS, LABELS)
+
+
 def test_every_kind_of_labels_and_data_gives_the_same_inputs() -> None:
     strings = datasets.Dataset.from_dict({"text": TEXTS, "label": [NAMES[label] for label in LABELS]})
     classes = datasets.ClassLabel(names=["transfer", "card lost", "unused", "exchange rate"])

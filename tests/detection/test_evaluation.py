@@ -142,8 +142,19 @@ def test_a_score_takes_its_settings_by_name(model: Any, objective: Any, pixels: 
     assert json.dumps(image_scores(model, objective, labelled(pixels[:2]), scores=by_tensor).settings)
     assert found.score_label("mcm") == "mcm (temperature 100)"
     assert found.score_label("gl_mcm") == "gl_mcm (temperature 50, local weight 0.5)"
+    both = evaluate(
+        model, objective, labelled(pixels[:12]), {"rest": pixels[12:]}, scores=scores, temperature=20.0
+    ).to_dict()["scores"]
+    assert (both["mcm"]["temperature"], both["gl_mcm"]["temperature"]) == (20.0, 50.0)
     settings = found.to_dict()["scores"]
     assert settings["gl_mcm"] == {"temperature": 50.0, "pooling": "patch", "local_weight": 0.5}
+
+
+def test_id_images_may_be_whatever_ood_images_may_be(model: Any, objective: Any, pixels: torch.Tensor) -> None:
+    plain = evaluate(model, objective, pixels[:12], {"rest": pixels[12:]})
+    given = evaluate(model, objective, labelled(pixels[:12]), {"rest": pixels[12:]})
+    assert plain.rows == given.rows
+    assert math.isnan(plain.accuracy)
 
 
 def test_a_table_says_what_it_depends_on(model: Any, objective: Any, pixels: torch.Tensor) -> None:

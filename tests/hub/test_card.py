@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from setar_peft import CardFacts, SeTARConfig
+from setar_peft import CardFacts, SeTARConfig, search_rank_ratios
 from setar_peft.hub.card import hub_id
 from setar_peft.tuner.config import objective_settings
 
@@ -83,6 +83,15 @@ def test_settings_of_an_objective(clip_objective) -> None:
     )
     assert objective_settings(None) == {}
     assert objective_settings(saved_card) == {"objective": "saved_card"}
+
+
+def test_an_adapter_of_a_search_says_what_was_searched_with(load_clip, clip_objective, tmp_path: Path) -> None:
+    config = SeTARConfig(candidate_ratios=[0.3], order="text")
+    found = search_rank_ratios(load_clip(), clip_objective(), config, progress=False)
+    card = saved_card(get_peft_model(load_clip(), found.config), tmp_path)
+    for line in ("## Objective of the search", "- objective: LoCoOpObjective", "- ood_weight: 0.1", "- images: 24"):
+        assert line in card.text
+    assert config.card.objective == {}
 
 
 def test_what_is_known_besides(load_clip, tmp_path: Path) -> None:

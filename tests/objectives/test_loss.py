@@ -69,6 +69,9 @@ def test_padding_counts_for_nothing(data: Any) -> None:
     padded = torch.cat([local, torch.full((IMAGES, 2, WIDTH), 1e3)], dim=1)
     with_padding = locoop_sums(pooled, padded, classes, labels, top_k=2, mask=mask)
     torch.testing.assert_close(torch.stack(with_padding), torch.stack(locoop_sums(*data, top_k=2)))
+    logits, local_logits = classes.logits(pooled), classes.logits(padded)
+    loss = locoop_loss(logits, local_logits, labels, ood_weight=0.25, top_k=2, mask=mask)
+    assert loss.item() == pytest.approx(locoop_values(with_padding, 0.25).total, rel=1e-6)
 
 
 def test_what_is_shown_of_ood_patches_is_what_counts(data: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPModel
 
 import setar_peft.search.weights
-from setar_peft import LoCoOpObjective, SeTARConfig, estimate_cost, search_rank_ratios
+from setar_peft import LoCoOpObjective, PatchMetricObjective, SeTARConfig, estimate_cost, search_rank_ratios
 from setar_peft.search.plan import BlockPasses
 from tests.backbones import checks
 from tests.conftest import GOLDEN
@@ -110,6 +110,34 @@ def test_candidates_that_remove_the_same_are_evaluated_once() -> None:
     }
     assert len(seen) == 1 + len(trace.candidates)
     assert [row.module for row in trace.rows] == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings", "message"),
+    [
+        ("callable", {"criterion": "id"}, "criterion is 'id', and function has no such part; give one of 'total'"),
+        ("metric", {"criterion": "ood"}, "criterion is 'ood', and PatchMetricObjective has no such part"),
+        (
+            "loss",
+            {"candidate_ratios": {"w_up": [0.2], "default": [0.1]}},
+            "candidate_ratios names w_up, which is not searched; searched are W_up",
+        ),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    load_clip: Callable[..., CLIPModel],
+    clip_objective: Callable[..., LoCoOpObjective],
+    objective: str,
+    settings: dict[str, Any],
+    message: str,
+) -> None:
+    given: Any = clip_objective()
+    if objective == "callable":
+        given = lambda _: 0.0  # noqa: E731
+    elif objective == "metric":
+        given = PatchMetricObjective(given._tokenizer, given.class_names, given.images._images, given.images.labels)
+    with pytest.raises(ValueError, match=message):
+        search_rank_ratios(load_clip(), given, SeTARConfig(**settings), progress=False)
 
 
 def test_where_no_candidate_removes_anything_there_is_nothing_to_search() -> None:
