@@ -28,14 +28,14 @@ class Factors(NamedTuple):
     a: Tensor | None = None
 
     @property
-    def is_nothing(self) -> bool:
-        """Whether the adapter removes no component, and so changes nothing."""
-        return self.b0.shape[1] == 0
-
-    @property
     def negated(self) -> Factors:
         """The factors that undo these: W becomes W + B0 A0 (- B A)."""
         return self._replace(b0=-self.b0, b=None if self.b is None else -self.b)
+
+
+def removes_nothing(factors: Factors) -> bool:
+    """Whether an adapter removes no component, and so changes nothing."""
+    return factors.b0.shape[1] == 0
 
 
 def effective_weight(weight: Tensor, adapters: Iterable[Factors]) -> Tensor:
@@ -51,7 +51,7 @@ def effective_weight(weight: Tensor, adapters: Iterable[Factors]) -> Tensor:
     """
     with exact_float32(weight.device):
         for factors in adapters:
-            if factors.is_nothing:
+            if removes_nothing(factors):
                 continue
             dtype = torch.promote_types(torch.promote_types(weight.dtype, factors.b0.dtype), torch.float32)
             weight = torch.addmm(weight.to(dtype), factors.b0.to(dtype), factors.a0.to(dtype), alpha=-1)

@@ -237,7 +237,7 @@ class SeTARLayer(BaseTunerLayer):
 
     def is_finetuned(self, adapter_name: str) -> bool:
         """Whether the adapter has trainable factors B, A."""
-        return adapter_name in self.setar_B
+        return adapter_name in self.setar_B.keys()  # noqa: SIM118 - torch.compile cannot follow `in` on a module
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight: -B0 A0 (+ B A), in the base weight's shape and the factors' dtype."""

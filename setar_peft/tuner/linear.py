@@ -13,7 +13,7 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from setar_peft.tuner.forward import Factors, adapter_output, trained_output
+from setar_peft.tuner.forward import Factors, adapter_output, removes_nothing, trained_output
 from setar_peft.tuner.kept_weight import check_is_cheaper, may_be_gone_round
 from setar_peft.tuner.layer import SeTARLayer
 
@@ -48,10 +48,11 @@ class SeTARLinear(nn.Module, SeTARLayer):
             return self._base(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.setar_ratio]
+        # `keys()`, and no property of the factors: torch.compile follows neither before torch 2.10.
+        names = [name for name in self.active_adapters if name in self.setar_ratio.keys()]  # noqa: SIM118
         if self.merged or not names:
             return self._base(x, *args, **kwargs)
-        adapters = [factors for factors in map(self.factors, names) if not factors.is_nothing]
+        adapters = [factors for factors in map(self.factors, names) if not removes_nothing(factors)]
         weight = None if args or kwargs or not adapters else self._kept_weight_of(adapters, x)
         if weight is not None:
             result = F.linear(x, weight, self._base.bias)
@@ -105,7 +106,7 @@ class SeTARLinear(nn.Module, SeTARLayer):
     ) -> Tensor:
         dtype = result.dtype
         for factors in adapters:
-            if not factors.is_nothing:
+            if not removes_nothing(factors):
                 result = result + output(self._cast_input_dtype(x, factors.b0.dtype), factors)
         return result.to(dtype)
 

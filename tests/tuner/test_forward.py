@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from setar_peft import SeTARConfig
 from setar_peft.decomposition import decompose, exact_float32
-from setar_peft.tuner.forward import Factors, adapter_output, effective_weight
+from setar_peft.tuner.forward import Factors, adapter_output, effective_weight, removes_nothing
 from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, inputs
@@ -103,7 +103,7 @@ def test_rank_zero_is_the_base_and_has_no_parameter(tokens: int) -> None:
 def test_a_training_free_rank_zero_adapter_costs_nothing() -> None:
     nothing = Factors(torch.zeros(4, 0), torch.zeros(0, 3))
     weight = torch.randn(4, 3)
-    assert nothing.is_nothing
+    assert removes_nothing(nothing)
     assert effective_weight(weight, [nothing]) is weight
 
 
