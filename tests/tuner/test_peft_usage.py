@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import (
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_layer_status,
