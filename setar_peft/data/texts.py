@@ -54,7 +54,7 @@ class NamedInputs:
     ) -> None:
         self.batch_size = checked_batch_size(batch_size)
         check_is_one_set(data)
-        label_names = None
+        own, label_names = labels, None
         self._tensors: Mapping[str, Tensor] | None = None
         self._texts: list[str] = []
         if isinstance(data, Mapping):
@@ -68,8 +68,7 @@ class NamedInputs:
             if not callable(self._tokenizer):
                 raise ValueError(f"Texts need the model's tokenizer; processor is {tokenizer!r}.")
             rows = rows_of(data, "text", text_column, label_column, labelled=labels is None)
-            if labels is None:
-                labels, label_names = rows.labels, rows.label_names
+            own, label_names = (rows.labels if labels is None else labels), rows.label_names
             self._texts, self._length = [rows.input(number) for number in range(rows.count)], rows.count
             strange = [number for number, text in enumerate(self._texts) if not isinstance(text, str)]
             if strange:
@@ -79,7 +78,9 @@ class NamedInputs:
         if not self._length:
             raise ValueError("There are no inputs; give at least one.")
         self.classes = ClassNames.of(class_names)
-        self.labels, self.matched = class_indices(labels, label_names, self._length, self.classes)
+        self.labels, self.matched = class_indices(
+            own, label_names, self._length, self.classes, beside=labels is not None
+        )
 
     def __len__(self) -> int:
         return self._length
