@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
@@ -145,7 +146,7 @@ def search(
             matching = matching_sentence(objective.images.matched)
             if matching is not None:
                 typer.echo(matching)
-            typer.echo(estimate_cost(base, objective, config).table())
+            typer.echo(_estimate(base, objective, config))
         if dry_run:
             return
         try:
@@ -165,11 +166,23 @@ def search(
         return
     _save(get_peft_model(base, result.config), output)
     (output / "trace.csv").write_text(result.trace.to_csv(), encoding="utf-8")
+    kinds = "JSON, CSV"
     if find_spec("matplotlib"):
+        kinds += ", PNG"
         plots.search_figure(result.trace).savefig(output / "trace.png", dpi=150)
     typer.echo(result.trace.table())
     first, last = result.trace.initial.total, result.trace.rows[-1].total_loss
-    typer.echo(f"Loss {first:.6f} -> {last:.6f}. The adapter and the trace (JSON, CSV, PNG) are in {output}.")
+    typer.echo(f"Loss {first:.6f} -> {last:.6f}. The adapter and the trace ({kinds}) are in {output}.")
+
+
+def _estimate(model: Any, objective: LoCoOpObjective, config: SeTARConfig) -> str:
+    try:
+        return estimate_cost(model, objective, config).table()
+    except torch.OutOfMemoryError:
+        return (
+            "What the search will cost cannot be said: a batch of this size does not fit in memory. The search halves "
+            "its batches until they do; a smaller --batch-size says what it costs."
+        )
 
 
 def _check_output(trace_path: Path, *, resume: bool, overwrite: bool) -> None:
