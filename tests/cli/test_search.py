@@ -109,6 +109,9 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path: Path, monkeypatch: py
         if len(trace.rows) == 2:
             raise KeyboardInterrupt
 
+    def at_once(trace: SearchTrace, path: Path) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(SearchTrace, "save", interrupted)
         code, text = _setar(*options)
@@ -116,9 +119,20 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path: Path, monkeypatch: py
     for piece in ("Stopped after 2 layers", "trace.json", "same command with --resume"):
         assert piece in text
     assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
+    assert "adapter" not in text
     code, text = _setar(*options, "--resume")
     assert code == 0, text
     assert len(SearchTrace.load(tmp_path / "trace.json").rows) == 6
+    # What an earlier search left is not taken for this one's.
+    for save_or_not, said in (
+        (at_once, "before the first layer; nothing was"),
+        (interrupted, "is an earlier search's"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(SearchTrace, "save", save_or_not)
+            code, text = _setar(*options, "--overwrite")
+        assert code == 130
+        assert said in text
 
 
 def test_a_batch_that_does_not_fit_does_not_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
