@@ -7,9 +7,10 @@ torch and PEFT, with which the method is registered as soon as somebody imports 
 
 from __future__ import annotations
 
+import functools
 import importlib
-import importlib.util
 import sys
+from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -82,7 +83,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register() -> None:
+def _register(_: Any) -> None:
     """Register the method with PEFT, and give the tuner what stands above it and it may not import."""
     from peft import PeftModel
     from peft.utils import register_peft_method
@@ -128,26 +129,46 @@ def _register() -> None:
     wrap_loading()
 
 
-class _AfterPeft(MetaPathFinder):
-    """Registers the method once PEFT has been imported, by whomever."""
+def _wrap_transformers(integration: Any) -> None:
+    """Give transformers' way of loading what it lacks; PEFT is imported when that is used, and not before."""
+    mixin = integration.PeftAdapterMixin
+    load_adapter = mixin.load_adapter
+
+    @functools.wraps(load_adapter)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from setar_peft.tuner.registration import load_by_transformers
+
+        return load_by_transformers(load_adapter, self, *args, **kwargs)
+
+    mixin.load_adapter = wrapped
+
+
+class _After(MetaPathFinder):
+    """Does something with a module once it has been imported, by whomever."""
+
+    def __init__(self, name: str, act: Callable[[Any], None]) -> None:
+        self._name, self._act = name, act
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname != "peft":
+        if fullname != self._name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
+            # Only now: who looks for a module, as transformers does to see whether PEFT is there, need not import it.
             def exec_module(module: Any) -> None:
+                sys.meta_path.remove(self)
                 run(module)
-                _register()
+                self._act(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-if "peft" in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _AfterPeft())
+for _name, _act in (("peft", _register), ("transformers.integrations.peft", _wrap_transformers)):
+    if _name in sys.modules:
+        _act(sys.modules[_name])
+    else:
+        sys.meta_path.insert(0, _After(_name, _act))

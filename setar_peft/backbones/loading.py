@@ -97,11 +97,16 @@ def load_model(name: str, **kwargs: Any) -> Any:
 
 
 def load_processor(name: str, model: Any) -> Any:
-    """The processor of a model; where it has none that works here, a CLIP's is made for the model's image size.
+    """The processor of a model.
+
+    For a CLIP that has no image processor here, one is made: CLIP's own scaling, at the model's image size.
 
     Args:
         name: Folder or Hub name.
         model: The model.
+
+    Warns:
+        UserWarning: If an image processor was made.
 
     Raises:
         ValueError: If there is no processor and none can be made.
@@ -123,5 +128,11 @@ def load_processor(name: str, model: Any) -> Any:
     try:
         image_processor = CLIPImageProcessorPil.from_pretrained(name)
     except OSError:
+        warnings.warn(
+            f"{name} has no image processor, so that images are scaled as OpenAI's CLIPs take them, at {side} pixels a "
+            "side. If the model was trained otherwise, save its own beside it: CLIPImageProcessor(...).save_pretrained",
+            UserWarning,
+            stacklevel=2,
+        )
         image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return transformers.CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
@@ -114,6 +115,7 @@ def search(
     trace_path = output / "trace.json"
     if not dry_run:
         _check_output(trace_path, resume=resume, overwrite=overwrite)
+    replaced = trace_path.stat().st_mtime_ns if overwrite and trace_path.exists() else None
     where = torch_device(own_device(device))
     if dtype == "tf32" and where.type != "cuda":
         raise ValueError(f"--dtype tf32 is how CUDA GPUs multiply, and the device is {where}; give float32.")
@@ -147,7 +149,7 @@ def search(
             matching = matching_sentence(objective.images.matched)
             if matching is not None:
                 typer.echo(matching)
-            typer.echo(estimate_cost(base, objective, config).table())
+            typer.echo(_estimate(base, objective, config))
         if dry_run:
             return
         try:
@@ -155,13 +157,8 @@ def search(
                 base, objective, config, trace_path=trace_path, resume=resume, overwrite=overwrite
             )
         except KeyboardInterrupt:
-            if is_first and trace_path.exists():
-                steps = len(SearchTrace.load(trace_path).rows)
-                typer.echo(
-                    f"Stopped after {steps} layers, which are in {trace_path}. To go on with the next, give the same "
-                    "command with --resume (and without --overwrite).",
-                    err=True,
-                )
+            if is_first:
+                typer.echo(_how_to_go_on(trace_path, replaced), err=True)
             raise typer.Exit(128 + signal.SIGINT) from None
     if not is_first:
         return
@@ -176,6 +173,29 @@ def search(
     typer.echo(
         f"{criterion} {first:.6f} -> {last:.6f}. The adapter, trace.json and trace.csv are in {output}, "
         + ("and trace.png." if has_figure else "no figure, for which matplotlib is missing (the extra demo).")
+    )
+
+
+def _estimate(model: Any, objective: LoCoOpObjective, config: SeTARConfig) -> str:
+    try:
+        return estimate_cost(model, objective, config).table()
+    except torch.OutOfMemoryError:
+        return (
+            "What the search will cost cannot be said: a batch of this size does not fit in memory. The search halves "
+            "its batches until they do; a smaller --batch-size says what it costs."
+        )
+
+
+def _how_to_go_on(trace_path: Path, replaced: int | None) -> str:
+    """What is said of a search that was stopped; `replaced` is the age of the trace that it was to replace."""
+    if not trace_path.exists() or trace_path.stat().st_mtime_ns == replaced:
+        return f"Stopped before the first layer; nothing was written to {trace_path.parent}."
+    adapter = (
+        " Until then the adapter there is an earlier search's." if (trace_path.parent / CONFIG_NAME).exists() else ""
+    )
+    return (
+        f"Stopped after {len(SearchTrace.load(trace_path).rows)} layers, which are in {trace_path}. To go on with the "
+        f"next, give the same command with --resume (and without --overwrite).{adapter}"
     )
 
 

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from setar_peft.data.labels import ClassNames, in_natural_order
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 # Files that lie beside images and are none; whatever else is left out is said.
 _NO_IMAGES = frozenset(
-    {"", ".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".ini", ".log", ".db"}
+    {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".html", ".ini", ".log", ".db"}
 )
 
 
@@ -67,7 +69,7 @@ def read_folder(folder: str | Path, *, labelled: bool) -> FolderImages:
             f"{root}: the class folders {', '.join(in_natural_order(empty))} hold no images "
             f"({', '.join(sorted(IMAGE_SUFFIXES))}). Fill them, or take them away."
         )
-    loose = [path.name for path in sorted(_entries(root)) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    loose = [path.name for path in sorted(_entries(root)) if path.is_file() and _may_be_image(path)]
     if loose:
         _warn(f"{len(loose)} images in {root} lie in no class folder and are left out: {', '.join(loose[:4])}")
     return FolderImages(paths, labels)
@@ -141,7 +143,9 @@ def _images_below(root: Path, folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         _collect(folder, (), images, left_out)
     if left_out:
-        kinds = Counter("folder that is a loop" if path.is_dir() else path.suffix.lower() for path in left_out)
+        kinds = Counter(
+            "folder that is a loop" if path.is_dir() else path.suffix.lower() or "without a suffix" for path in left_out
+        )
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         _warn(f"In {root} some files are not read as images and are left out: {counts} (the first is {min(left_out)})")
     return sorted(images)
@@ -158,8 +162,19 @@ def _collect(folder: Path, above: tuple[str, ...], images: list[Path], left_out:
             _collect(path, (*above, here), images, left_out)
         elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             images.append(path)
-        elif path.suffix.lower() not in _NO_IMAGES:
+        elif _may_be_image(path):
             left_out.append(path)
+
+
+def _may_be_image(path: Path) -> bool:
+    """Whether a file is to be spoken of if it is left out; one without a suffix is looked into."""
+    if path.suffix:
+        return path.suffix.lower() not in _NO_IMAGES
+    try:
+        with Image.open(path):
+            return True
+    except OSError:
+        return False
 
 
 def _warn(sentence: str) -> None:

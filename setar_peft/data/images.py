@@ -14,7 +14,7 @@ from torch import Tensor
 
 from setar_peft.data.decoding import ahead, decoded, name_of, processor_channels
 from setar_peft.data.folders import read_folder
-from setar_peft.data.labels import ClassNames, check_has_classes, check_same_numbers, class_indices
+from setar_peft.data.labels import ClassNames, check_has_classes, class_indices
 from setar_peft.data.rows import Rows, rows_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class ImageSource:
         dataset: A folder (with one subfolder a class where labels are wanted), a `datasets.Dataset`, a streamed one
             (read once, to its end, and kept encoded), a `torch.utils.data.Dataset` of (image, label), a tensor of pixel
             values (images, channels, height, width), or a sequence of paths, PIL images or arrays.
-        labels: (images,) class indices or class names, for tensors and sequences.
+        labels: (images,) class indices or class names, for tensors and sequences. Indices are refused beside a data set
+            that names its classes and numbers them otherwise.
         class_names: Names of the classes in the labels' order, or a mapping from what the data call them to their
             names; None for images without labels, such as an OOD set. Names that the data have (class folders, a
             `ClassLabel`, labels that are strings, torchvision's `classes`) are matched with them by name.
@@ -85,7 +86,6 @@ class ImageSource:
         else:
             labelled = classes is not None and labels is None
             rows = rows_of(dataset, "image", image_column, label_column, labelled=labelled)
-            check_same_numbers(labels, rows.label_names, classes)
         if self._images is None:
             self._image_processor = image_processor_of(processor)
             self._channels = processor_channels(self._image_processor)
@@ -96,11 +96,10 @@ class ImageSource:
             raise ValueError("There are no images in the data set; give at least one.")
         self._image = rows.input
         self._numbers = range(rows.count)
-        if labels is None:
-            labels, label_names = rows.labels, rows.label_names
-        else:
-            label_names = None
-        self.labels, self.matched = class_indices(labels, label_names, rows.count, classes, where)
+        own = rows.labels if labels is None else labels
+        self.labels, self.matched = class_indices(
+            own, rows.label_names, rows.count, classes, where, beside=labels is not None
+        )
 
     def __len__(self) -> int:
         return len(self.labels)

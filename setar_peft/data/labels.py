@@ -147,6 +147,23 @@ class ClassNames:
         if not self.is_in_order_of(other):
             raise ValueError(_other_classes(self, other, owner))
 
+    def check_numbers(self, label_names: Sequence[str]) -> None:
+        """Refuse class indices beside data that name their classes and number them otherwise.
+
+        Args:
+            label_names: What the data call their classes, in their own order.
+
+        Raises:
+            ValueError: With both lists.
+        """
+        alike = self.is_in_order_of(ClassNames(tuple(label_names)))
+        if not alike and _matched(label_names, self) != {name: place for place, name in enumerate(label_names)}:
+            raise ValueError(
+                "labels holds integers, and the data set numbers its classes otherwise than class_names: "
+                f"{_listed(label_names)}. Class names: {_listed(self.names)}. Leave labels out for the data set's own, "
+                "or give labels as class names."
+            )
+
 
 def class_indices(
     labels: Any,
@@ -154,6 +171,8 @@ def class_indices(
     count: int,
     classes: ClassNames | None,
     where: str = "The labels",
+    *,
+    beside: bool = False,
 ) -> tuple[Tensor, dict[str, str]]:
     """Labels as class indices.
 
@@ -164,13 +183,15 @@ def class_indices(
         count: Number of inputs.
         classes: The classes; None for inputs without labels.
         where: What has the names, for the error.
+        beside: Whether the labels were given beside the data, whose own labels `label_names` are for.
 
     Returns:
         Class indices, (inputs,), or -1 for each where there are no classes; and what the data call each class ->
         its class name, where the data have names.
 
     Raises:
-        ValueError: If labels are missing, wrong in number, outside the classes, or do not match them by name.
+        ValueError: If labels are missing, wrong in number, outside the classes, do not match them by name, or are
+            indices beside data that number their classes otherwise.
     """
     if classes is None:
         return torch.full((count,), -1), {}
@@ -189,11 +210,15 @@ def class_indices(
         named = [isinstance(label, str) for label in values]
         if any(named) and not all(named):
             raise ValueError("labels holds names and numbers; give one class index or one class name an input.")
-        if named and all(named) and len(values) == count:
+        if len(values) != count:
+            raise ValueError(f"There are {len(values)} labels for {count} inputs; give one for each.")
+        if named and all(named):
             index = classes.match(_distinct(values), where)
             return torch.tensor([index[label] for label in values]), _said(index, classes)
     tensor = _as_integers(values, count)
-    if label_names is None:
+    if beside and label_names is not None:
+        classes.check_numbers(label_names)
+    if beside or label_names is None:
         numbers = [key for key in classes.keys or () if key is not None]
         if numbers and all(map(_is_number, numbers)) and [int(n) for n in numbers] != list(range(len(classes))):
             raise ValueError(
@@ -218,28 +243,6 @@ def check_has_classes(labels: Any, classes: ClassNames | None) -> None:
         raise ValueError("There are labels and no class_names; say which classes they are, or leave the labels out.")
 
 
-def check_same_numbers(labels: Any, label_names: Sequence[str] | None, classes: ClassNames | None) -> None:
-    """Refuse integer labels beside data that number the same classes otherwise: whose numbers they are is not known.
-
-    Args:
-        labels: Labels that were given beside the data; None or names are no question.
-        label_names: What the data call the classes in their own order.
-        classes: The classes.
-
-    Raises:
-        ValueError: If the data's names are those of the classes in another order.
-    """
-    if labels is None or label_names is None or classes is None or any(isinstance(label, str) for label in labels):
-        return
-    matched = _matched(label_names, classes)
-    if isinstance(matched, dict) and list(matched.values()) != list(range(len(label_names))):
-        raise ValueError(
-            f"labels are numbers, and the data number their classes otherwise than class_names: {_listed(label_names)} "
-            f"against {_listed(classes.names)}. Leave labels out, and the data's own are matched by name, or give "
-            "class names as labels."
-        )
-
-
 def matching_sentence(matched: Mapping[str, str]) -> str | None:
     """What was matched with what, in a line; None where everything has one name."""
     other = [f"{found} -> {name}" for found, name in matched.items() if found != name]
@@ -260,7 +263,7 @@ def _as_integers(values: Any, count: int) -> Tensor:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels are no integers ({error}); give one class index or class name an input.") from error
-    if tensor.shape != (count,) or tensor.is_floating_point():
+    if tensor.shape != (count,) or tensor.is_floating_point() or tensor.dtype == torch.bool:
         raise ValueError(
             f"labels has shape {tuple(tensor.shape)} and dtype {tensor.dtype} for {count} inputs; give one class index "
             "or class name an input."

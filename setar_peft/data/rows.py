@@ -23,8 +23,8 @@ class Rows:
         count: Number of inputs.
         input: `number -> input`; images may be undecoded.
         labels: One label an input; None where there are none or they are not asked for.
-        label_names: What the data call the classes that integer labels stand for, also where labels are not asked for;
-            None where they have no names.
+        label_names: What the data call the classes that their integer labels stand for, also where those are not asked
+            for; None where they have no names.
     """
 
     count: int
@@ -121,9 +121,11 @@ def _of_datasets(data: Any, kind: str, input_column: str | None, label_column: s
         inputs = data.select_columns([chosen[kind]])
         labels = list(data[chosen["label"]]) if labelled else None
         rows = Rows(len(inputs), lambda number: _local(inputs[number][chosen[kind]], feature), labels)
-    named = chosen.get("label") or next(iter(typed["label"]), None)
-    if named is not None and isinstance(features.get(named), datasets.ClassLabel):
-        rows.label_names = list(features[named].names)
+    # Also where other labels are given: theirs may be numbered otherwise.
+    own = chosen.get("label") or label_column or (typed["label"][0] if len(typed["label"]) == 1 else None)
+    named = features.get(own)
+    if isinstance(named, datasets.ClassLabel):
+        rows.label_names = list(named.names)
     return rows
 
 
@@ -153,10 +155,9 @@ def _of_torch(data: Any, kind: str, input_column: str | None, label_column: str 
                 f"The data set's items are {type(first).__name__}s without labels; give labels, or items "
                 "(input, label)."
             )
-        return Rows(len(items), items.__getitem__)
+        return Rows(len(items), items.__getitem__, label_names=_torch_names(data, labelled))
     labels = [_label(items, number, chosen["label"]) for number in range(len(items))] if labelled else None
-    names = _torch_names(data) if labelled else None
-    return Rows(len(items), lambda number: items[number][chosen[kind]], labels, names)
+    return Rows(len(items), lambda number: items[number][chosen[kind]], labels, _torch_names(data, labelled))
 
 
 def _label(items: Any, number: int, column: Any) -> Any:
@@ -170,19 +171,23 @@ def _label(items: Any, number: int, column: Any) -> Any:
     return label.item() if isinstance(label, (torch.Tensor, np.generic)) else label
 
 
-def _torch_names(data: Any) -> list[str] | None:
+def _torch_names(data: Any, labelled: bool) -> list[str] | None:
     """The class names of a torch data set by torchvision's convention, `classes`, also below subsets."""
     if isinstance(data, torch.utils.data.Subset):
-        return _torch_names(data.dataset)
+        return _torch_names(data.dataset, labelled)
     if isinstance(data, torch.utils.data.ConcatDataset):
-        found = [_torch_names(part) for part in data.datasets]
+        found = [_torch_names(part, labelled) for part in data.datasets]
         if any(names != found[0] for names in found):
+            if not labelled:
+                return None
             raise ValueError("The concatenated data sets name their classes differently; give labels.")
         return found[0]
     names = getattr(data, "classes", None)
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return None
     if getattr(data, "target_transform", None) is not None:
+        if not labelled:
+            return None
         raise ValueError(
             "The data set has a target_transform, so that its labels are not the numbers of its classes; take it away, "
             "or give labels."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from setar_peft.data.images import checked_batch_size
-from setar_peft.data.labels import ClassNames, check_has_classes, check_same_numbers, class_indices
+from setar_peft.data.labels import ClassNames, check_has_classes, class_indices
 from setar_peft.data.rows import check_is_one_set, rows_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class NamedInputs:
         check_is_one_set(data)
         self.classes = None if class_names is None else ClassNames.of(class_names)
         check_has_classes(labels, self.classes)
-        label_names = None
+        own, label_names = labels, None
         self._tensors: Mapping[str, Tensor] | None = None
         self._texts: list[str] = []
         if isinstance(data, Mapping):
@@ -72,9 +72,7 @@ class NamedInputs:
                 raise ValueError(f"Texts need the model's tokenizer; processor is {tokenizer!r}.")
             labelled = self.classes is not None and labels is None
             rows = rows_of(data, "text", text_column, label_column, labelled=labelled)
-            check_same_numbers(labels, rows.label_names, self.classes)
-            if labels is None:
-                labels, label_names = rows.labels, rows.label_names
+            own, label_names = (rows.labels if labels is None else labels), rows.label_names
             self._texts, self._length = [rows.input(number) for number in range(rows.count)], rows.count
             strange = [number for number, text in enumerate(self._texts) if not isinstance(text, str)]
             if strange:
@@ -83,7 +81,9 @@ class NamedInputs:
                 )
         if not self._length:
             raise ValueError("There are no inputs; give at least one.")
-        self.labels, self.matched = class_indices(labels, label_names, self._length, self.classes)
+        self.labels, self.matched = class_indices(
+            own, label_names, self._length, self.classes, beside=labels is not None
+        )
 
     def __len__(self) -> int:
         return self._length

@@ -40,7 +40,8 @@ class LoCoOpObjective(Objective):
             `ImageSource`). Texts: a sequence of strings where the processor is a tokenizer, or a data set with
             `text_column`. Either: a mapping from the model's input names to tensors.
         labels: (images,) class indices or class names; needed for tensors, sequences and mappings. A data set has them
-            in its label column, a folder in its subfolders.
+            in its label column, a folder in its subfolders; indices beside a data set that numbers its classes
+            otherwise than `class_names` are refused.
         ood_weight: lambda, the weight of the OOD loss (paper, Table 10: 0.1 for ImageNet with CLIP-base).
         top_k: K: a patch is OOD if its true class is not among its K likeliest (paper, Table 10: 300 for ImageNet); by
             default 30 % of the classes, rounded, at least 1.

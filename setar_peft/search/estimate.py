@@ -124,6 +124,8 @@ class _TowerCost:
 def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config: SeTARConfig) -> CostEstimate:
     device = backbone.device
     batches = [(named_inputs(inputs), labels) for inputs, labels in islice(objective.batches(), 2)]
+    for inputs, _ in batches:
+        backbone.check(inputs)
     images = len(objective) if hasattr(objective, "__len__") else sum(len(labels) for _, labels in objective.batches())
     costs = {
         backbone.input_tower: _probe(backbone, plan, backbone.input_tower, [batch for batch, _ in batches], images)

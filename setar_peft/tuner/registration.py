@@ -15,7 +15,6 @@ from peft import PeftModel
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.integrations.peft import PeftAdapterMixin
 
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.loading import CURRENT, Load, key_mapping_as_rename
@@ -24,9 +23,9 @@ from setar_peft.tuner.removal import remove_adapter
 
 
 def wrap_loading() -> None:
-    """Wrap the three methods that load an adapter from files; to be called once."""
+    """Wrap PEFT's two methods that load an adapter from files; to be called once."""
     from_pretrained: Any = PeftModel.from_pretrained.__func__
-    load_adapter, by_transformers = PeftModel.load_adapter, PeftAdapterMixin.load_adapter
+    load_adapter = PeftModel.load_adapter
 
     @functools.wraps(from_pretrained)
     def wrapped_from_pretrained(
@@ -45,22 +44,36 @@ def wrap_loading() -> None:
         with _load(self.get_base_model(), adapter_name, kwargs.pop("strict_base", None), rename):
             return load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
-    @functools.wraps(by_transformers)
-    def wrapped_by_transformers(
-        self: Any, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        name, strict = adapter_name or "default", kwargs.pop("strict_base", None)
-        mapping = getattr(kwargs.get("load_config"), "weight_mapping", None) or kwargs.get("weight_mapping")
-        with _load(self, name, strict, _conversions_as_rename(mapping, self)) as load:
-            info = by_transformers(self, peft_model_id, adapter_name, *args, **kwargs)
-            config = self.peft_config.get(name)
-            if load is not None and isinstance(config, SeTARConfig):
-                SeTARModel.check_loaded(self, config, name)
-            return info
-
     PeftModel.from_pretrained = classmethod(wrapped_from_pretrained)
     PeftModel.load_adapter = wrapped_load_adapter
-    PeftAdapterMixin.load_adapter = wrapped_by_transformers
+
+
+def load_by_transformers(
+    load_adapter: Callable[..., Any],
+    model: Any,
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """What `load_adapter` of transformers' models becomes.
+
+    Args:
+        load_adapter: The method as transformers has it.
+        model: The model, `self` of that method.
+        peft_model_id: As for that method.
+        adapter_name: As for that method.
+        args: As for that method.
+        kwargs: As for that method, and `strict_base`.
+    """
+    name, strict = adapter_name or "default", kwargs.pop("strict_base", None)
+    mapping = getattr(kwargs.get("load_config"), "weight_mapping", None) or kwargs.get("weight_mapping")
+    with _load(model, name, strict, _conversions_as_rename(mapping, model)) as load:
+        info = load_adapter(model, peft_model_id, adapter_name, *args, **kwargs)
+        config = model.peft_config.get(name)
+        if load is not None and isinstance(config, SeTARConfig):
+            SeTARModel.check_loaded(model, config, name)
+        return info
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Precisions by name: the dtype, and torch's setting for the length of a piece of work."""
+"""Precisions by name: the dtype, and torch's setting for the length of a piece of work; and processors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from setar_peft.backbones.loading import precision
+from setar_peft.backbones.loading import load_model, load_processor, precision
+from tests.conftest import GOLDEN
 
 
 @pytest.fixture(params=["highest", "medium"])
@@ -41,3 +42,12 @@ def test_elsewhere_they_may_be_rounded_until_the_end(setting: str, name: str) ->
 def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'fp8'; give one of float32, tf32, bfloat16, float16"), precision("fp8"):
         pass
+
+
+def test_an_image_processor_that_is_made_up_is_said() -> None:
+    folder = str(GOLDEN / "cases" / "clip_tiny")
+    with pytest.warns(
+        UserWarning, match=r"clip_tiny has no image processor, so that images are scaled as OpenAI's CLIPs"
+    ):
+        processor = load_processor(folder, load_model(folder))
+    assert processor.image_processor.crop_size["height"] == 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from typer.testing import CliRunner
 
 from setar_peft import LoCoOpObjective, plots
+from setar_peft.backbones import Tower
 from setar_peft.cli import app
 from setar_peft.search.trace import SearchTrace
 from tests.conftest import GOLDEN
@@ -107,6 +109,9 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path: Path, monkeypatch: py
         if len(trace.rows) == 2:
             raise KeyboardInterrupt
 
+    def at_once(trace: SearchTrace, path: Path) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(SearchTrace, "save", interrupted)
         code, text = _setar(*options)
@@ -114,9 +119,35 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path: Path, monkeypatch: py
     for piece in ("Stopped after 2 layers", "trace.json", "same command with --resume"):
         assert piece in text
     assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
+    assert "adapter" not in text
     code, text = _setar(*options, "--resume")
     assert code == 0, text
     assert len(SearchTrace.load(tmp_path / "trace.json").rows) == 6
+    # What an earlier search left is not taken for this one's.
+    for save_or_not, said in (
+        (at_once, "before the first layer; nothing was"),
+        (interrupted, "is an earlier search's"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(SearchTrace, "save", save_or_not)
+            code, text = _setar(*options, "--overwrite")
+        assert code == 130
+        assert said in text
+
+
+def test_a_batch_that_does_not_fit_does_not_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def enter(tower: Tower, inputs: Any) -> Any:
+        if tower.name == "vision" and len(inputs["pixel_values"]) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(tower, inputs)
+
+    real = Tower.enter
+    monkeypatch.setattr(Tower, "enter", enter)
+    with pytest.warns(RuntimeWarning, match="Out of memory with 24 images or prompts a batch; .* with 12"):
+        code, text = _setar("--output", tmp_path, *QUICK)
+    assert code == 0, text
+    assert "cannot be said: a batch of this size does not fit in memory" in text
+    assert (tmp_path / "adapter_config.json").exists()
 
 
 def test_what_was_found_outlives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

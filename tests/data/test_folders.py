@@ -57,11 +57,19 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
         assert len(read_folder(folder, labelled=True).paths) == 2
     with pytest.warns(UserWarning, match=r"2 \.heic"):
         read_folder(folder, labelled=False)
-    loose = fill(tmp_path / "loose", "cat/a.png", "dog/a.png", "x.png", "y.png", "notes.txt")
+    loose = fill(tmp_path / "loose", "cat/a.png", "dog/a.png", "x.png", "y.heic", "notes.txt")
     with pytest.warns(
-        UserWarning, match=r"2 images in .*loose lie in no class folder and are left out: x\.png, y\.png"
+        UserWarning, match=r"2 images in .*loose lie in no class folder and are left out: x\.png, y\.heic"
     ):
         assert len(read_folder(loose, labelled=True).paths) == 2
+
+
+def test_an_image_without_a_suffix_is_said_to_be_left_out(tmp_path: Path) -> None:
+    folder = fill(tmp_path, "cat/a.png", "dog/a.png", "cat/README", "LICENSE")
+    assert len(read_folder(folder, labelled=True).paths) == 2
+    Image.new("RGB", (2, 2)).save(folder / "dog" / "0a1b2c", "png")
+    with pytest.warns(UserWarning, match=r"left out: 1 without a suffix \(the first is .*0a1b2c\)"):
+        assert len(read_folder(folder, labelled=True).paths) == 2
 
 
 def test_links_are_followed_and_loops_are_said(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_images_without_classes_may_lie_anywhere(folder: Path, processor: Any) -
     ("change", "pieces"),
     [
         ({"labels": None}, "no labels; give labels"),
-        ({"labels": [0, 1]}, r"labels has shape \(2,\).* for 6 inputs"),
+        ({"labels": [0, 1]}, "There are 2 labels for 6 inputs"),
         ({"labels": [0.0] * 6}, r"dtype torch.float32 for 6 inputs"),
         ({"labels": [0, 0, 1, 1, 2, 3]}, r"labels holds 3, but there are 3 classes \(0 to 2\)"),
         ({"labels": [0, 0, 1, 1, 2, -1]}, "labels holds -1"),
@@ -237,14 +237,34 @@ def test_class_labels_in_another_order_are_matched_by_name(processor: Any, pictu
         source = ImageSource(processor, dataset, class_names=NAMES)
         assert source.labels.tolist() == [2, 2, 0, 0, 1, 1]
         assert source.matched == {"Frog": "frog", "cat": "cat", "dog": "dog"}
-    # Whose numbers a user's are, who has both at hand, is not known: the table's own, or those of class_names.
-    for numbers in (LABELS, table["label"], torch.tensor(LABELS)):
-        with pytest.raises(ValueError, match=r"number their classes otherwise.*Frog, cat, dog against .*Leave labels"):
-            ImageSource(processor, table, numbers, class_names=NAMES)
-    by_name = [table.features["label"].names[label] for label in table["label"]]
-    assert ImageSource(processor, table, by_name, class_names=NAMES).labels.tolist() == [2, 2, 0, 0, 1, 1]
-    same = ImageSource(processor, table, LABELS, class_names=["frog", "cat", "dog"])
-    assert same.labels.tolist() == LABELS
+
+
+def test_indices_beside_data_that_number_their_classes_otherwise_are_refused(
+    processor: Any, pictures: list[Image.Image]
+) -> None:
+    """Most likely they are the data set's own, `dataset["label"]` or `dataset.targets`."""
+    table = datasets.Dataset.from_dict({"image": pictures, "label": LABELS}).cast_column("image", datasets.Image())
+    named = table.cast_column("label", datasets.ClassLabel(names=["frog", "dog", "cat"]))
+    for dataset in (named, Pairs(pictures), torch.utils.data.Subset(Pairs(pictures), range(6)), Unlabelled(pictures)):
+        with pytest.raises(ValueError, match=r"otherwise than class_names: frog, dog, cat\. Class names: cat"):
+            ImageSource(processor, dataset, LABELS, class_names=NAMES)
+        by_name = ImageSource(processor, dataset, [NAMES[label] for label in LABELS], class_names=NAMES)
+        assert by_name.labels.tolist() == LABELS
+    same = table.cast_column("label", datasets.ClassLabel(names=["Cat", "dog", "frog"]))
+    for dataset in (table, same):
+        assert ImageSource(processor, dataset, LABELS, class_names=NAMES).labels.tolist() == LABELS
+
+
+class Other(Pairs):
+    classes = ("lake", "road", "hill")
+
+
+def test_data_sets_of_different_classes_may_be_one_ood_set(processor: Any, pictures: list[Image.Image]) -> None:
+    joined = torch.utils.data.ConcatDataset([Pairs(pictures), Other(pictures)])
+    assert len(ImageSource(processor, joined)) == 12
+    assert ImageSource(processor, joined, 2 * LABELS, class_names=NAMES).labels.tolist() == 2 * LABELS
+    with pytest.raises(ValueError, match="name their classes differently; give labels"):
+        ImageSource(processor, joined, class_names=NAMES)
 
 
 def test_labels_mean_nothing_without_class_names(processor: Any, pictures: list[Image.Image]) -> None:

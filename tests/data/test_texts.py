@@ -46,7 +46,7 @@ def test_every_kind_of_labels_and_data_gives_the_same_inputs() -> None:
             (strings, None, {}),
             (table, None, {}),
             (table.to_iterable_dataset(), None, {}),
-            (table, LABELS, {}),
+            (table, [NAMES[label] for label in LABELS], {}),
             (renamed, None, {"text_column": "query", "label_column": "intent"}),
             (Pairs(), None, {}),
         )
@@ -56,7 +56,8 @@ def test_every_kind_of_labels_and_data_gives_the_same_inputs() -> None:
         assert source.labels.tolist() == LABELS
         assert all(torch.equal(a["input_ids"], b) for (a, _), b in zip(source.batches(), expected, strict=True))
     assert sources[3].matched == {"transfer": "transfer", "card lost": "Card_lost", "exchange rate": "exchange rate"}
-    assert sources[5].matched == {}
+    with pytest.raises(ValueError, match=r"otherwise than class_names: transfer, card lost, unused, exchange rate"):
+        NamedInputs(checks.WordTokenizer(), table, LABELS, class_names=NAMES)
 
 
 @pytest.mark.parametrize(

@@ -93,5 +93,8 @@ def test_the_model_is_left_alone_and_callables_are_refused(load_clip: Clip, clip
     estimate_cost(model, clip_objective())
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    grey = LoCoOpObjective(None, ["a", "b"], torch.randn(2, 1, 8, 8), [0, 1])
+    with pytest.raises(ValueError, match=r"The images have shape \(2, 1, 8, 8\); this model takes \(images, 3"):
+        estimate_cost(model, grey)
     with pytest.raises(ValueError, match=r"callable objective cannot be predicted; give an Objective"):
         estimate_cost(model, lambda _: 0.0)  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +176,27 @@ class TestFailures:
         with pytest.raises(Exception, match=r"\w"):
             loaded.load_adapter(tmp_path, "other")
         assert torch.equal(loaded(inputs()), model(inputs()))
+
+
+@pytest.mark.parametrize("load", ["PeftModel.from_pretrained(model, folder)", "model.load_adapter(folder)"])
+def test_loading_where_peft_was_only_looked_for(
+    load: str, load_clip: Callable[..., CLIPModel], golden: Path, tmp_path: Path
+) -> None:
+    """transformers looks whether PEFT is there, long before anybody imports it: loading is wrapped all the same."""
+    other = load_clip()
+    other.vision_model.encoder.layers[0].mlp.fc1.weight.data.normal_()
+    ratios = {"vision_model.encoder.layers.0.mlp.fc1": 0.3}
+    get_peft_model(other, SeTARConfig(rank_ratios=ratios)).save_pretrained(tmp_path)
+    script = f"""
+import sys, setar_peft
+from transformers import CLIPModel
+folder, model = {str(tmp_path)!r}, CLIPModel.from_pretrained({str(golden / "cases" / "clip_tiny")!r})
+assert "peft" not in sys.modules
+{"from peft import PeftModel" if "PeftModel" in load else ""}
+try:
+    {load.replace("folder)", "folder, strict_base=True)")}
+except ValueError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "vision_model.encoder.layers.0.mlp.fc1" in said.stdout, said.stderr
