@@ -212,6 +212,10 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+# So many of the strongest components of a residual say whether it came from a weight as well as all of them.
+CHECKED_COMPONENTS = 4
+
+
 def base_agreement(weight: Tensor, residual: Residual) -> float:
     """How well a residual's four strongest components fit a weight: <B0 A0, W> / ||B0 A0||^2 over them.
 
@@ -235,9 +239,9 @@ def is_rounding_noise(weight: Tensor, residual: Residual) -> bool:
     return bool(norm <= 1e-6 * torch.linalg.vector_norm(weight.detach().to(b0.dtype)))
 
 
-def _strongest(residual: Residual, device: torch.device, count: int = 4) -> Residual:
+def _strongest(residual: Residual, device: torch.device) -> Residual:
     dtype = torch.float64 if residual.b0.dtype == torch.float64 else torch.float32
-    b0, a0 = residual.b0.detach()[:, :count], residual.a0.detach()[:count]
+    b0, a0 = residual.b0.detach()[:, :CHECKED_COMPONENTS], residual.a0.detach()[:CHECKED_COMPONENTS]
     return Residual(b0.to(device, dtype), a0.to(device, dtype))
 
 

@@ -227,10 +227,12 @@ class SeTARConfig(PeftConfig):
             hub_settings, _, _ = cls._split_kwargs(kwargs)
             path = find_adapter_file(pretrained_model_name_or_path, subfolder, **hub_settings)
             digest = config.weights_sha256 if path.name == SAFETENSORS_WEIGHTS_NAME else None
-            config.saved_shapes = check_adapter_file(path, config.rank_ratios, finetune=config.finetune, digest=digest)
+            config.saved_shapes, strongest = check_adapter_file(
+                path, config.rank_ratios, finetune=config.finetune, digest=digest
+            )
             load = CURRENT.get()
             if load is not None:
-                load.file_is_checked = True
+                load.strongest = strongest
         return config
 
     def __getstate__(self) -> dict[str, Any]:

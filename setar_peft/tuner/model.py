@@ -152,6 +152,9 @@ class SeTARModel(BaseTuner):
             shapes, others = peft_config.saved_shapes
             check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
             check_other_tensors(others, peft_config.modules_to_save or (), model)
+        load = CURRENT.get()
+        if load is not None and load.strongest is not None:
+            self._check_base(layers, load.by_module(load.strongest), strict=peft_config.strict_base)
         if not self._expects_file:
             for name, layer in layers.items():
                 known = peft_config.known_splits.get(name)
@@ -299,19 +302,16 @@ class SeTARModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        load = CURRENT.get()
-        read = load is None or not load.file_is_checked
-        facts = {name: TensorFacts.of(tensor, read=read) for name, tensor in state_dict.items()}
-        shapes = check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
         check_names(state_dict, model)
-        layers = _adapted(model, adapter_name)
-        check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
-        tensors = unprefixed(state_dict)
-        cls._check_base(
-            layers,
-            {name: Residual(tensors[f"{name}.setar_B0"], tensors[f"{name}.setar_A0"]) for name in shapes},
-            strict=config.strict_base,
-        )
+        load = CURRENT.get()
+        if load is None or load.strongest is None:  # else the file was checked, and compared with the base
+            facts = {name: TensorFacts.of(tensor) for name, tensor in state_dict.items()}
+            shapes = check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
+            layers = _adapted(model, adapter_name)
+            check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
+            tensors = unprefixed(state_dict)
+            residuals = {name: Residual(tensors[f"{name}.setar_B0"], tensors[f"{name}.setar_A0"]) for name in shapes}
+            cls._check_base(layers, residuals, strict=config.strict_base)
         # Adapters that were saved with a ratio in float64 do not go onto every device.
         state_dict = {k: v.float() if k.endswith(".setar_ratio") else v for k, v in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(
@@ -346,8 +346,10 @@ class SeTARModel(BaseTuner):
         }
         assert isinstance(config.rank_ratios, dict)
         check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
-        residuals = {name: layer.residual(adapter_name) for name, layer in layers.items()}
-        cls._check_base(layers, residuals, strict=config.strict_base)
+        load = CURRENT.get()
+        if load is None or load.strongest is None:
+            residuals = {name: layer.residual(adapter_name) for name, layer in layers.items()}
+            cls._check_base(layers, residuals, strict=config.strict_base)
 
     @staticmethod
     def _check_base(layers: Mapping[str, SeTARLayer], residuals: Mapping[str, Residual], *, strict: bool) -> None:
