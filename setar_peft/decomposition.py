@@ -227,7 +227,7 @@ def base_agreement(weight: Tensor, residual: Residual) -> float:
         residual: B0 (m, r), A0 (r, n), components in decreasing order, as `Decomposition.residual` gives them.
     """
     b0, a0 = _strongest(residual, weight.device)
-    inner = (b0.T @ weight.detach().to(b0.dtype) * a0).sum()
+    inner = (torch.nn.functional.linear(a0, weight.detach().to(b0.dtype)).T * b0).sum()
     norm = ((b0.T @ b0) * (a0 @ a0.T)).sum()
     return float(inner / norm)
 
