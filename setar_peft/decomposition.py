@@ -95,6 +95,29 @@ def residual_rank(shape: tuple[int, int] | torch.Size, rank_ratio: float) -> int
     return min(shape) - kept_rank(shape, rank_ratio)
 
 
+class SplitSettings(NamedTuple):
+    """What one layer's residual is computed from, apart from its weight."""
+
+    rank_ratio: float
+    prune: str
+    seed: int
+    name: str
+
+
+class KnownSplit(NamedTuple):
+    """A residual that was computed before, and of what.
+
+    Attributes:
+        settings: The settings it was computed with.
+        digest: The weight's `tensor_digest`.
+        residual: The removed components.
+    """
+
+    settings: SplitSettings
+    digest: str
+    residual: Residual
+
+
 @dataclass(frozen=True)
 class Decomposition:
     """The singular value decomposition of one weight, from which every rank ratio is served.

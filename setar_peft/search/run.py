@@ -15,7 +15,7 @@ from torch import nn
 
 from setar_peft.backbones.activations import fuse_activations
 from setar_peft.backbones.untouched import left_as_it_was
-from setar_peft.decomposition import Residual, tensor_digest
+from setar_peft.decomposition import KnownSplit, Residual, SplitSettings, tensor_digest
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
 from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches, largest_batch
@@ -33,7 +33,6 @@ from setar_peft.search.trace import (
 )
 from setar_peft.search.weights import SwappableWeight
 from setar_peft.tuner.config import SeTARConfig
-from setar_peft.tuner.layer import KnownSplit, SplitSettings
 from setar_peft.tuner.loading import plain_name
 
 _CRITERIA = {"total": "total", "id": "id_loss", "ood": "ood_loss"}

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from setar_peft.decomposition import KnownSplit
 from setar_peft.tuner.adapter_file import SavedShapes, check_adapter_file, file_digest, find_adapter_file
 from setar_peft.tuner.config_checks import (
     check_search,
@@ -19,7 +20,6 @@ from setar_peft.tuner.config_checks import (
     checked_candidates,
     checked_ratios,
 )
-from setar_peft.tuner.layer import KnownSplit
 from setar_peft.tuner.loading import CURRENT
 from setar_peft.tuner.peft_type import SETAR
 

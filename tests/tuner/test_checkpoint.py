@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from setar_peft import SeTARConfig
-from setar_peft.decomposition import Residual, decompose
+from setar_peft.decomposition import Residual, SplitSettings, decompose
 from setar_peft.tuner import adapter_file
 from setar_peft.tuner.checkpoint import TensorFacts, all_finite, check_adapter_tensors, check_base
-from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, assert_unchanged, inputs, snapshot
 
