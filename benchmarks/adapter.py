@@ -1,6 +1,6 @@
 """SeTAR beside PEFT's LoRA, PiSSA and OSF: forward, training step, load, save, merge, unmerge, memory.
 
-    python -m benchmarks.adapter [--blocks 2] [--ratio 0.1] [--rounds 7] [--device cpu] [--json FILE]
+    python -m benchmarks.adapter [--blocks 2] [--ratio 0.1] [--rounds 11] [--device cpu] [--json FILE]
 
 The model is the vision tower of a CLIP of ViT-B/32's shape with random weights, adapted at W_up (fc1) of each block.
 LoRA and PiSSA have the rank r that the ratio removes, OSF r trainable components. SeTAR+FT carries r frozen components
@@ -301,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=2, help="blocks of the model (ViT-B/32 has 12)")
     parser.add_argument("--ratio", type=float, default=0.1, help="rank ratio, which gives every method its rank")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that the medians are taken over")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds that the medians are taken over")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     arguments = parser.parse_args()
