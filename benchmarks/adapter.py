@@ -1,13 +1,14 @@
-"""SeTAR beside PEFT's LoRA, PiSSA and OSF at equal rank: forward, training step, load, save, merge, unmerge, memory.
+"""SeTAR beside PEFT's LoRA, PiSSA and OSF: forward, training step, load, save, merge, unmerge, memory.
 
-    python -m benchmarks.adapter [--blocks 2] [--ratio 0.1] [--rounds 5] [--device cpu] [--json FILE]
+    python -m benchmarks.adapter [--blocks 2] [--ratio 0.1] [--rounds 11] [--device cpu] [--json FILE]
 
 The model is the vision tower of a CLIP of ViT-B/32's shape with random weights, adapted at W_up (fc1) of each block.
-"Equal rank" is the rank r that the ratio removes: LoRA and PiSSA of rank r, OSF with r trainable components. SeTAR+FT
-carries r frozen components beside its r trainable ones. Methods take turns in each round, so that a busy machine slows
-all of them; a figure is the median of the rounds, and the table gives it as a multiple of LoRA's. Below it stand what
-SeTAR is held to: its forward as a multiple of the base's, the training step of SeTAR+FT as one of LoRA's, each as the
-median of the rounds' ratios, and the memory of the weights that both need for it (`SeTARLayer.keeps_weight`).
+LoRA and PiSSA have the rank r that the ratio removes, OSF r trainable components. SeTAR+FT carries r frozen components
+beside its r trainable ones: "LoRA 2r" has as many bytes. One step is measured after the other; within a step the
+methods take turns, in reversed order every other round, so that neither a busy machine nor what ran before favours
+one.
+The table gives medians as multiples of LoRA's. Below it stands what SeTAR is held to: medians of the rounds' ratios,
+and the peak of memory while an adapter is loaded; and the memory of the weights that are kept for its speed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from setar_peft import SeTARConfig, SeTARLayer
@@ -39,6 +41,33 @@ WIDTH, FULL = 768, 3072
 BASELINE = "LoRA"
 FEW, MANY = 8, 16  # images a batch: 400 and 800 tokens
 BASE = "base"
+LOAD, LOAD_LOW = "load", "load, low_cpu_mem_usage"
+TRAIN = f"training step, {FEW} images"
+
+
+class Goal(NamedTuple):
+    """A step of one method as a multiple of another's, and the multiple that it may reach."""
+
+    step: str
+    method: str
+    reference: str
+    most: float
+
+
+GOALS = (
+    *(Goal(f"forward, {count} images", "SeTAR", BASE, 1.02) for count in (FEW, MANY)),
+    Goal(TRAIN, "SeTAR+FT", BASELINE, 1.00),
+    *(Goal(step, "SeTAR", BASELINE, 2.0) for step in (LOAD, LOAD_LOW)),
+    *(Goal(step, "SeTAR+FT", "LoRA 2r", 2.0) for step in (LOAD, LOAD_LOW)),
+)
+MEMORY_GOALS = tuple(goal._replace(most=1.1) for goal in GOALS if goal.step in (LOAD, LOAD_LOW))
+
+
+class Work(NamedTuple):
+    """What is timed, with what `prepare` returns, which is not."""
+
+    run: Callable[[Any], object]
+    prepare: Callable[[], Any] = lambda: None
 
 
 def base_model(blocks: int, device: torch.device) -> CLIPVisionModel:
@@ -57,6 +86,7 @@ def configs(ratio: float) -> dict[str, PeftConfig]:
         "SeTAR": SeTARConfig(target_modules=["fc1"], rank_ratios=ratio),
         "SeTAR+FT": SeTARConfig(target_modules=["fc1"], rank_ratios=ratio, finetune=True),
         "LoRA": LoraConfig(target_modules=["fc1"], r=rank, lora_alpha=rank),
+        "LoRA 2r": LoraConfig(target_modules=["fc1"], r=2 * rank, lora_alpha=2 * rank),
         "PiSSA": LoraConfig(target_modules=["fc1"], r=rank, lora_alpha=rank, init_lora_weights="pissa"),
         "OSF": OSFConfig(target_modules=["fc1"], effective_rank=WIDTH - rank),
     }
@@ -77,59 +107,85 @@ class Timer:
         return time.perf_counter() - start
 
 
-def measure_base(base: nn.Module, timer: Timer) -> dict[str, float]:
-    """The base's forward, without an adapter, in seconds."""
+def work(base: nn.Module, models: dict[str, PeftModel], folder: Path) -> dict[str, dict[str, Work]]:
+    """Step -> method -> what to do; a step that a method has not is left out."""
     device = next(base.parameters()).device
     few, many = (torch.randn(count, 3, 224, 224, device=device) for count in (FEW, MANY))
-    with torch.no_grad():
-        base(few)
-        return {f"forward, {len(x)} images": timer(lambda x=x: base(x)) for x in (few, many)}
+
+    @torch.no_grad()
+    def forward(model: nn.Module, images: Tensor, _: object) -> None:
+        model(images)
+
+    def train(model: PeftModel, optimizer: torch.optim.Optimizer, _: object) -> None:
+        optimizer.zero_grad()
+        model(few).pooler_output.square().mean().backward()
+        optimizer.step()
+
+    def load(saved: Path, low_cpu_mem_usage: bool, fresh: nn.Module) -> None:
+        PeftModel.from_pretrained(fresh, saved, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def save(model: PeftModel, _: object) -> None:
+        with tempfile.TemporaryDirectory() as target:
+            model.save_pretrained(target)
+
+    def unmerge(model: PeftModel) -> None:
+        if any(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer)):
+            model.unmerge_adapter()
+
+    everything = {BASE: base, **models}
+    merging = {name: model for name, model in models.items() if name != "OSF"}  # which forgets the base weight
+    # Loading, PiSSA and OSF decompose every weight again: see "create".
+    loading = {name: Path(folder, name) for name in models if name not in ("PiSSA", "OSF")}
+    optimizers = {
+        name: torch.optim.SGD(trainable, lr=0.0)
+        for name, model in models.items()
+        if (trainable := [parameter for parameter in model.parameters() if parameter.requires_grad])
+    }
+    return {
+        # Saving gives back what a layer keeps, so that SeTAR forms it here.
+        f"first forward, {FEW} images": {
+            name: Work(partial(forward, model, few), model.state_dict) for name, model in models.items()
+        },
+        f"forward, {FEW} images": {name: Work(partial(forward, model, few)) for name, model in everything.items()},
+        f"forward, {MANY} images": {name: Work(partial(forward, model, many)) for name, model in everything.items()},
+        TRAIN: {name: Work(partial(train, models[name], optimizer)) for name, optimizer in optimizers.items()},
+        **{
+            step: {
+                name: Work(partial(load, saved, low), partial(copy.deepcopy, base)) for name, saved in loading.items()
+            }
+            for step, low in ((LOAD, False), (LOAD_LOW, True))
+        },
+        "save": {name: Work(partial(save, model)) for name, model in models.items()},
+        "unmerge": {
+            name: Work(lambda _, model=model: model.unmerge_adapter(), model.merge_adapter)
+            for name, model in merging.items()
+        },
+        "merge": {
+            name: Work(lambda _, model=model: model.merge_adapter(), partial(unmerge, model))
+            for name, model in merging.items()
+        },
+    }
 
 
-def measure_round(
-    name: str, model: PeftModel, base: nn.Module, saved: Path, timer: Timer, *, load: bool
-) -> dict[str, float]:
-    """Every step of one method, once, in seconds; a step that the method has not is left out.
-
-    Loading, for which PiSSA and OSF decompose every weight again, is measured where `load` says so.
-    """
-    device = next(base.parameters()).device
-    few, many = (torch.randn(count, 3, 224, 224, device=device) for count in (FEW, MANY))
-    seconds = {}
-    with torch.no_grad():
-        # Saving and merging gave back what a layer keeps, so SeTAR forms it here.
-        seconds[f"first forward, {FEW} images"] = timer(lambda: model(few))
-        seconds[f"forward, {FEW} images"] = timer(lambda: model(few))
-        seconds[f"forward, {MANY} images"] = timer(lambda: model(many))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if trainable:
-        optimizer = torch.optim.SGD(trainable, lr=0.0)
-
-        def step() -> None:
-            optimizer.zero_grad()
-            model(few).pooler_output.square().mean().backward()
-            optimizer.step()
-
-        seconds[f"training step, {FEW} images"] = timer(step)
-    if load:
-        decomposes = name in ("PiSSA", "OSF")  # which cannot be made without memory
-        for step, low in (("load", False), ("load, low_cpu_mem_usage", True))[: 1 if decomposes else 2]:
-            fresh = copy.deepcopy(base)
-            seconds[step] = timer(partial(PeftModel.from_pretrained, fresh, saved, low_cpu_mem_usage=low))
-    with tempfile.TemporaryDirectory() as folder:
-        seconds["save"] = timer(lambda: model.save_pretrained(folder))
-    if name != "OSF":  # which forgets the base weight, and refuses to unmerge
-        seconds["merge"] = timer(model.merge_adapter)
-        seconds["unmerge"] = timer(model.unmerge_adapter)
+def in_turn(methods: dict[str, Work], rounds: int, timer: Timer) -> dict[str, list[float]]:
+    """Method -> seconds of each round; one more round comes before, to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(rounds + 1):
+        for name in list(methods)[:: -1 if number % 2 else 1]:
+            prepared = methods[name].prepare()
+            taken = timer(partial(methods[name].run, prepared))
+            if number:
+                seconds[name].append(taken)
     return seconds
 
 
 def measure(
     blocks: int, ratio: float, rounds: int, device: torch.device
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Method -> step -> median seconds, the base among the methods; and what SeTAR is held to."""
+) -> tuple[dict[str, dict[str, float]], dict[Goal, float], float]:
+    """Step -> method -> median seconds; what is reached of each goal; and the MB of kept weights."""
     timer, base = Timer(device), base_model(blocks, device)
-    models, create = {}, {}
+    models: dict[str, PeftModel] = {}
+    create = {}
     for name, config in configs(ratio).items():
         fresh = copy.deepcopy(base)
         create[name] = timer(
@@ -139,33 +195,18 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         for name, model in models.items():
             model.save_pretrained(f"{folder}/{name}")
-        results: dict[str, dict[str, list[float]]] = {name: {} for name in (*models, BASE)}
-        for number in range(rounds + 1):
-            if number:
-                for step, value in measure_base(base, timer).items():
-                    results[BASE].setdefault(step, []).append(value)
-            for name, model in models.items():
-                seconds = measure_round(name, model, base, Path(folder, name), timer, load=number < 4)
-                if number:  # the first round warms up
-                    for step, value in seconds.items():
-                        results[name].setdefault(step, []).append(value)
-    medians = {name: {step: statistics.median(all_) for step, all_ in steps.items()} for name, steps in results.items()}
-    goals = ratios(results) | {"kept weights, MB": kept_memory(models["SeTAR"]) / 1e6}
-    return {
-        name: {"create": create[name]} | steps if name in create else steps for name, steps in medians.items()
-    }, goals
-
-
-def ratios(results: dict[str, dict[str, list[float]]]) -> dict[str, float]:
-    """Medians over the rounds of what one method took as a multiple of another in the same round."""
-    pairs = [(f"forward, {count} images", "SeTAR", BASE) for count in (FEW, MANY)]
-    pairs.append((f"training step, {FEW} images", "SeTAR+FT", BASELINE))
-    return {
-        f"{step}: {one} / {other}": statistics.median(
-            a / b for a, b in zip(results[one][step], results[other][step], strict=True)
+        results = {}
+        for step, methods in work(base, models, Path(folder)).items():
+            results[step] = in_turn(methods, rounds, timer)
+    reached = {
+        goal: statistics.median(
+            one / other
+            for one, other in zip(results[goal.step][goal.method], results[goal.step][goal.reference], strict=True)
         )
-        for step, one, other in pairs
+        for goal in GOALS
     }
+    medians = {step: {name: statistics.median(all_) for name, all_ in of.items()} for step, of in results.items()}
+    return {"create": create, **medians}, reached, kept_memory(models["SeTAR"]) / 1e6
 
 
 def kept_memory(model: nn.Module) -> int:
@@ -197,18 +238,18 @@ def _memory(name: str) -> float:
 
 
 def measure_memory(blocks: int, ratio: float) -> dict[str, dict[str, float]]:
-    """Method -> way of loading -> `loading_memory`, in a process of their own; empty where there is no /proc."""
+    """Way of loading -> method -> `loading_memory`, in a process of their own; empty where there is no /proc."""
     if not Path("/proc/self/clear_refs").exists():
         return {}
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
     results: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
-        for name in ("SeTAR", "SeTAR+FT", "LoRA"):
+        for name in ("SeTAR", "LoRA", "SeTAR+FT", "LoRA 2r"):
             saved = Path(folder, name)
             get_peft_model(base_model(blocks, torch.device("cpu")), configs(ratio)[name]).save_pretrained(saved)
-            for step, low in (("load", False), ("load, low_cpu_mem_usage", True)):
+            for step, low in ((LOAD, False), (LOAD_LOW, True)):
                 run = partial(loading_memory, saved, blocks, low_cpu_mem_usage=low)
-                results.setdefault(name, {})[step] = pool.apply(run)
+                results.setdefault(step, {})[name] = pool.apply(run)
     return results
 
 
@@ -238,17 +279,21 @@ def bandwidth_share(blocks: int, ratio: float, device: torch.device) -> dict[str
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The baseline's milliseconds, and every other method as a multiple of them."""
-    steps = list(dict.fromkeys(step for values in results.values() for step in values))
-    lines = [f"{'':<26}{BASELINE + ', ms':>10}" + "".join(f"{name:>10}" for name in results if name != BASELINE)]
-    for step in steps:
-        reference = results[BASELINE][step]
-        cells = [
-            f"{values[step] / reference:>9.2f}x" if step in values else f"{'-':>10}"
-            for name, values in results.items()
-            if name != BASELINE
-        ]
+    names = [BASE, *(name for name in results["create"] if name != BASELINE)]
+    lines = [f"{'':<26}{BASELINE + ', ms':>10}" + "".join(f"{name:>10}" for name in names)]
+    for step, seconds in results.items():
+        reference = seconds[BASELINE]
+        cells = [f"{seconds[name] / reference:>9.2f}x" if name in seconds else f"{'-':>10}" for name in names]
         lines.append(f"{step:<26}{reference * 1e3:>10.1f}{''.join(cells)}")
     return "\n".join(lines)
+
+
+def summary(what: str, reached: dict[Goal, float]) -> str:
+    """A line for each goal."""
+    return "\n".join(
+        f"{what}, {f'{goal.step}: {goal.method} / {goal.reference}':<56}{value:.3f} (goal: at most {goal.most:.2f})"
+        for goal, value in reached.items()
+    )
 
 
 def main() -> None:
@@ -256,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=2, help="blocks of the model (ViT-B/32 has 12)")
     parser.add_argument("--ratio", type=float, default=0.1, help="rank ratio, which gives every method its rank")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that the medians are taken over")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds that the medians are taken over")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     arguments = parser.parse_args()
@@ -265,17 +310,24 @@ def main() -> None:
     rank = residual_rank((FULL, WIDTH), arguments.ratio)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{arguments.blocks} blocks of ViT-B/32's shape, rank {rank}, float32, {name}, torch {torch.__version__}\n")
-    results, goals = measure(arguments.blocks, arguments.ratio, arguments.rounds, device)
-    print(table(results))
-    print("\n" + "\n".join(f"{name}: {value:.3f}" for name, value in goals.items()))
+    results, reached, kept = measure(arguments.blocks, arguments.ratio, arguments.rounds, device)
     memory = measure_memory(arguments.blocks, arguments.ratio)
-    for name, peaks in memory.items():
-        print(f"peak memory, {name}: " + "; ".join(f"{step} {peak:.1f} MB" for step, peak in peaks.items()))
+    reached_memory = {
+        goal: memory[goal.step][goal.method] / memory[goal.step][goal.reference] for goal in MEMORY_GOALS if memory
+    }
+    print(table(results) + "\n")
+    print(summary("time", reached))
+    print(summary("peak memory", reached_memory))
+    for step, peaks in memory.items():
+        print(f"peak memory, {step}: " + "; ".join(f"{name} {peak:.2f} MB" for name, peak in peaks.items()))
+    print(f"kept weights: {kept:.1f} MB")
     report: dict[str, Any] = {
         "settings": {**vars(arguments), "json": None, "rank": rank},
         "seconds": results,
-        "goals": goals,
+        "time_goals": [{**goal._asdict(), "reached": value} for goal, value in reached.items()],
+        "memory_goals": [{**goal._asdict(), "reached": value} for goal, value in reached_memory.items()],
         "loading_mb": memory,
+        "kept_weights_mb": kept,
     }
     if device.type == "cuda":
         report["merge"] = bandwidth_share(arguments.blocks, arguments.ratio, device)

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from setar_peft.versions import __version__
@@ -85,48 +84,14 @@ def __dir__() -> list[str]:
 
 def _register(_: Any) -> None:
     """Register the method with PEFT, and give the tuner what stands above it and it may not import."""
-    from peft import PeftModel
-    from peft.utils import register_peft_method
-
-    from setar_peft.tuner.config import SeTARConfig
-    from setar_peft.tuner.model import SeTARModel
-    from setar_peft.tuner.registration import wrap_loading
+    from setar_peft.tuner.registration import register
 
     def search(*args: Any, **kwargs: Any) -> Any:
         from setar_peft.search.run import search_rank_ratios
 
         return search_rank_ratios(*args, **kwargs)
 
-    def write_card(*args: Any) -> None:
-        from setar_peft.hub.card import write_model_card
-
-        write_model_card(*args)
-
-    upload, write_peft_card = PeftModel._upload_modified_files, PeftModel.create_or_update_model_card
-
-    # PEFT writes a card into the folder that is being saved, also where the adapter goes into a folder below; it names
-    # a local base by its path.
-    def card_without_local_base(self: PeftModel, output_dir: str) -> None:
-        write_peft_card(self, output_dir)
-        if any(isinstance(config, SeTARConfig) for config in self.peft_config.values()):
-            from setar_peft.hub.card import CARD_NAME, forget_local_base
-
-            forget_local_base(Path(output_dir, CARD_NAME))
-
-    # transformers, which `push_to_hub` comes from, writes its own template over the card that saving has just written,
-    # and calls no method in between that an adapter could define: the last step of a push is wrapped.
-    def upload_with_card(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        from setar_peft.hub.card import write_pushed_card
-
-        write_pushed_card(self, working_dir)
-        return upload(self, working_dir, *args, **kwargs)
-
-    register_peft_method(name="setar", config_cls=SeTARConfig, model_cls=SeTARModel)
-    SeTARModel.search = staticmethod(search)
-    SeTARConfig.write_card = staticmethod(write_card)
-    PeftModel._upload_modified_files = upload_with_card
-    PeftModel.create_or_update_model_card = card_without_local_base
-    wrap_loading()
+    register(search, cards=lambda: importlib.import_module("setar_peft.hub.card"))
 
 
 def _wrap_transformers(integration: Any) -> None:
@@ -160,6 +125,7 @@ class _After(MetaPathFinder):
             # Only now: who looks for a module, as transformers does to see whether PEFT is there, need not import it.
             def exec_module(module: Any) -> None:
                 sys.meta_path.remove(self)
+                del spec.loader.exec_module  # a reload is none of ours
                 run(module)
                 self._act(module)
 

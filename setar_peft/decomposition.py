@@ -95,6 +95,29 @@ def residual_rank(shape: tuple[int, int] | torch.Size, rank_ratio: float) -> int
     return min(shape) - kept_rank(shape, rank_ratio)
 
 
+class SplitSettings(NamedTuple):
+    """What one layer's residual is computed from, apart from its weight."""
+
+    rank_ratio: float
+    prune: str
+    seed: int
+    name: str
+
+
+class KnownSplit(NamedTuple):
+    """A residual that was computed before, and of what.
+
+    Attributes:
+        settings: The settings it was computed with.
+        digest: The weight's `tensor_digest`.
+        residual: The removed components.
+    """
+
+    settings: SplitSettings
+    digest: str
+    residual: Residual
+
+
 @dataclass(frozen=True)
 class Decomposition:
     """The singular value decomposition of one weight, from which every rank ratio is served.
@@ -212,6 +235,10 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+# So many of the strongest components of a residual say whether it came from a weight as well as all of them.
+CHECKED_COMPONENTS = 4
+
+
 def base_agreement(weight: Tensor, residual: Residual) -> float:
     """How well a residual's four strongest components fit a weight: <B0 A0, W> / ||B0 A0||^2 over them.
 
@@ -223,7 +250,7 @@ def base_agreement(weight: Tensor, residual: Residual) -> float:
         residual: B0 (m, r), A0 (r, n), components in decreasing order, as `Decomposition.residual` gives them.
     """
     b0, a0 = _strongest(residual, weight.device)
-    inner = (b0.T @ weight.detach().to(b0.dtype) * a0).sum()
+    inner = (torch.nn.functional.linear(a0, weight.detach().to(b0.dtype)).T * b0).sum()
     norm = ((b0.T @ b0) * (a0 @ a0.T)).sum()
     return float(inner / norm)
 
@@ -235,9 +262,9 @@ def is_rounding_noise(weight: Tensor, residual: Residual) -> bool:
     return bool(norm <= 1e-6 * torch.linalg.vector_norm(weight.detach().to(b0.dtype)))
 
 
-def _strongest(residual: Residual, device: torch.device, count: int = 4) -> Residual:
+def _strongest(residual: Residual, device: torch.device) -> Residual:
     dtype = torch.float64 if residual.b0.dtype == torch.float64 else torch.float32
-    b0, a0 = residual.b0.detach()[:, :count], residual.a0.detach()[:count]
+    b0, a0 = residual.b0.detach()[:, :CHECKED_COMPONENTS], residual.a0.detach()[:CHECKED_COMPONENTS]
     return Residual(b0.to(device, dtype), a0.to(device, dtype))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, search_gpu
+from benchmarks import adapter, gpu, search_gpu
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--shape", "tiny", "--images", "6", "--classes", "5", "--candidates", "2"]
@@ -113,3 +113,18 @@ def test_a_step_of_a_gpu_is_understood(step: gpu.Step, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit):
         importlib.import_module(name).main()
     assert parsed[0].device == "cuda"
+
+
+def test_methods_take_turns_and_what_is_prepared_is_not_timed() -> None:
+    done: list[str] = []
+
+    def work(name: str) -> adapter.Work:
+        return adapter.Work(done.append, lambda: done.append(f"prepare {name}") or name)
+
+    seconds = adapter.in_turn({"a": work("a"), "b": work("b")}, 2, adapter.Timer(torch.device("cpu")))
+    one, two = ["prepare a", "a"], ["prepare b", "b"]
+    assert done == [*one, *two, *two, *one, *one, *two]
+    assert {name: len(rounds) for name, rounds in seconds.items()} == {"a": 2, "b": 2}
+    steps = {goal.step for goal in adapter.GOALS}
+    assert {goal.reference for goal in adapter.GOALS} <= {adapter.BASE, *adapter.configs(0.1)}
+    assert {adapter.TRAIN, adapter.LOAD, adapter.LOAD_LOW} < steps

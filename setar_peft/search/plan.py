@@ -15,6 +15,7 @@ from setar_peft.backbones import Backbone, Location, backbone_of, default_target
 from setar_peft.decomposition import residual_rank
 from setar_peft.objectives.base import Objective
 from setar_peft.tuner.config import SeTARConfig
+from setar_peft.tuner.loading import plain_name
 from setar_peft.tuner.targets import targeted_modules
 
 # The layers that compete in each step of one pass (see `steps_of`).
@@ -208,7 +209,10 @@ def _order(config: SeTARConfig, layers: Mapping[str, Mapping[str, Location]]) ->
     # Without towers an order of towers can only mean: from the top down.
     if "model" in layers and isinstance(config.order, str) and config.order != "exhaustive":
         return list(layers["model"])
-    return config.order
+    if isinstance(config.order, str):
+        return config.order
+    names = {plain_name(name): name for tower in layers.values() for name in tower}
+    return [names.get(name, name) for name in config.order]
 
 
 def steps_of(order: str | Sequence[str], layers: Mapping[str, Sequence[str]]) -> Steps:

@@ -15,7 +15,7 @@ from torch import nn
 
 from setar_peft.backbones.activations import fuse_activations
 from setar_peft.backbones.untouched import left_as_it_was
-from setar_peft.decomposition import Residual, tensor_digest
+from setar_peft.decomposition import KnownSplit, Residual, SplitSettings, tensor_digest
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
 from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches, largest_batch
@@ -33,7 +33,7 @@ from setar_peft.search.trace import (
 )
 from setar_peft.search.weights import SwappableWeight
 from setar_peft.tuner.config import SeTARConfig, objective_settings
-from setar_peft.tuner.layer import KnownSplit, SplitSettings
+from setar_peft.tuner.loading import plain_name
 
 _CRITERIA = {"total": "total", "id": "id_loss", "ood": "ood_loss"}
 
@@ -130,10 +130,13 @@ def search_rank_ratios(
         )
         course.run()
     found = copy.copy(config)
-    found.rank_ratios, found.target_modules, found.objective = course.rank_ratios, set(course.rank_ratios), None
+    # As an adapter of the same model is named, and the same model before it was compiled.
+    ratios = {plain_name(name): ratio for name, ratio in course.rank_ratios.items()}
+    found.rank_ratios, found.target_modules, found.objective = ratios, set(ratios), None
     found.card = replace(config.card, objective=objective_settings(objective))
     found.known_splits = _known_splits(model, evaluator.residuals, found)
-    return SearchResult(dict(course.rank_ratios), course.trace, found, evaluator.residuals)
+    residuals = {plain_name(name): residual for name, residual in evaluator.residuals.items()}
+    return SearchResult(dict(ratios), course.trace, found, residuals)
 
 
 def _to_continue(path: str | Path | None, processes: Processes, *, resume: bool, overwrite: bool) -> SearchTrace | None:
@@ -155,7 +158,9 @@ def _known_splits(model: nn.Module, residuals: dict[str, Residual], found: SeTAR
     weights = [SwappableWeight(name, model.get_submodule(name)).original for name in residuals]
     return {
         name: KnownSplit(SplitSettings(found.rank_ratios[name], found.prune, found.seed, name), digest, residual)
-        for (name, residual), digest in zip(residuals.items(), in_threads(tensor_digest, weights), strict=True)
+        for name, residual, digest in zip(
+            map(plain_name, residuals), residuals.values(), in_threads(tensor_digest, weights), strict=True
+        )
     }
 
 

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from setar_peft.backbones.untouched import attributes_put_back
 from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, decompose
+from setar_peft.tuner.loading import plain_name
 
 
 class SwappableWeight:
@@ -122,6 +123,6 @@ class TruncatedLayers:
             if not self._keep:
                 self._decompositions.clear()
             self._decompositions[layer] = decompose(
-                self.weights[layer].original, self._prune, seed=self._seed, name=layer
+                self.weights[layer].original, self._prune, seed=self._seed, name=plain_name(layer)
             )
         return self._decompositions[layer]

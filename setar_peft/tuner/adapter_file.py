@@ -17,9 +17,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from setar_peft.decomposition import CHECKED_COMPONENTS, Residual
 from setar_peft.tuner.checkpoint import TensorFacts, all_finite, check_adapter_tensors, is_factor, unprefixed
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
+_FROZEN_FACTORS = (".setar_B0", ".setar_A0")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -73,7 +75,7 @@ def _download(repo: str, name: str, **hub_settings: Any) -> Path | EntryNotFound
 
 def check_adapter_file(
     path: Path, rank_ratios: Mapping[str, float], *, finetune: bool, digest: str | None = None
-) -> SavedShapes:
+) -> tuple[SavedShapes, dict[str, Residual]]:
     """Read an adapter's file once, a block at a time, and check it against its config.
 
     Args:
@@ -82,6 +84,10 @@ def check_adapter_file(
         finetune: Whether the config speaks of a fine-tuned adapter.
         digest: SHA-256 of the file by the config, if it says.
 
+    Returns:
+        The shapes in the file; and module name -> the strongest of the components that it removes, `CHECKED_COMPONENTS`
+        at most, by which `check_base` knows the base.
+
     Raises:
         ValueError: If the file cannot be read, tensors are missing, or shapes, dtypes or values contradict the
             config. The message names the file and what is wrong in it.
@@ -89,9 +95,15 @@ def check_adapter_file(
     found = None
     try:
         if path.suffix == ".safetensors":
-            tensors, found = _scan_safetensors(path, with_digest=digest is not None)
+            tensors, strongest, found = _scan_safetensors(path, with_digest=digest is not None)
         else:
-            tensors = {name: TensorFacts.of(tensor) for name, tensor in _read_pickle(path).items()}
+            values = _read_pickle(path)
+            tensors = {name: TensorFacts.of(tensor) for name, tensor in values.items()}
+            strongest = {
+                name: _strongest(name, tensor).clone()
+                for name, tensor in values.items()
+                if name.endswith(_FROZEN_FACTORS) and tensor.dim() == 2
+            }
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, ValueError, EOFError) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise ValueError(
@@ -109,7 +121,10 @@ def check_adapter_file(
             f"{path} is not the file that was saved with its adapter_config.json: its SHA-256 is another one. Copy or "
             "download the adapter again; if you changed the file on purpose, remove weights_sha256 from the config."
         )
-    return shapes
+    strongest = unprefixed(strongest)
+    return shapes, {
+        name: Residual(strongest[f"{name}.setar_B0"], strongest[f"{name}.setar_A0"]) for name in shapes.weights
+    }
 
 
 def file_digest(path: Path) -> str:
@@ -121,12 +136,16 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _scan_safetensors(path: Path, *, with_digest: bool) -> tuple[dict[str, TensorFacts], str | None]:
-    """What is in a file, and its SHA-256. No more than a block of it is in memory at a time."""
+def _scan_safetensors(path: Path, *, with_digest: bool) -> tuple[dict[str, TensorFacts], dict[str, Tensor], str | None]:
+    """What is in a file, the strongest components of its factors, and its SHA-256.
+
+    No more than a block of it, or a row of a factor, is in memory at a time: what is read of the tensors that PEFT maps
+    into memory stays there.
+    """
     with safe_open(path, "pt") as opened:  # checks the header, and that the tensors fill the file without a gap
         shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no mapping
     digest = hashlib.sha256()
-    tensors = {}
+    tensors, strongest = {}, {}
     block = memoryview(bytearray(_BLOCK))
     with path.open("rb") as file:
         length = file.read(8)
@@ -136,10 +155,16 @@ def _scan_safetensors(path: Path, *, with_digest: bool) -> tuple[dict[str, Tenso
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             begin, end = entry["data_offsets"]
             dtype = _DTYPES.get(entry["dtype"])
-            finite, scalar = True, None
+            shape = shapes[key]
+            has_rows = dtype is not None and key.endswith(_FROZEN_FACTORS) and len(shape) == 2
+            row = (end - begin) // shape[0] if has_rows and end > begin else 1
+            step = max(_BLOCK // row, 1) * row
+            if step > len(block):
+                block = memoryview(bytearray(step))
+            finite, scalar, parts = True, None, []
             while begin < end:
-                read = file.readinto(block[: min(_BLOCK, end - begin)])
-                if not read:
+                read = file.readinto(block[: min(step, end - begin)])
+                if read < min(step, end - begin):
                     raise ValueError("it ends early")
                 begin += read
                 if with_digest:
@@ -147,9 +172,18 @@ def _scan_safetensors(path: Path, *, with_digest: bool) -> tuple[dict[str, Tenso
                 if dtype is not None and is_factor(key):
                     values = torch.frombuffer(block, dtype=dtype, count=read // dtype.itemsize)
                     finite = finite and all_finite(values)
-                    scalar = float(values[0]) if shapes[key] in ((), (1,)) else None
-            tensors[key] = TensorFacts(shapes[key], dtype or entry["dtype"], finite, scalar)
-    return tensors, digest.hexdigest() if with_digest else None
+                    scalar = float(values[0]) if shape in ((), (1,)) else None
+                    if has_rows:
+                        parts.append(_strongest(key, values.view(-1, shape[1])).clone())
+            tensors[key] = TensorFacts(shape, dtype or entry["dtype"], finite, scalar)
+            if has_rows:
+                strongest[key] = _strongest(key, torch.cat(parts) if parts else torch.empty(shape, dtype=dtype))
+    return tensors, strongest, digest.hexdigest() if with_digest else None
+
+
+def _strongest(name: str, factor: Tensor) -> Tensor:
+    """Of a factor (m, r) or (r, n), what belongs to the strongest components."""
+    return factor[:, :CHECKED_COMPONENTS] if name.endswith("setar_B0") else factor[:CHECKED_COMPONENTS]
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

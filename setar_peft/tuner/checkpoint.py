@@ -41,11 +41,11 @@ class TensorFacts(NamedTuple):
     scalar: float | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor, *, read: bool = True) -> TensorFacts:
-        """The facts of a tensor; its values are taken to be finite unless they are to be read."""
+    def of(cls, tensor: Tensor) -> TensorFacts:
+        """The facts of a tensor."""
         known = tensor.dtype in _FLOATS
         scalar = float(tensor) if known and tensor.numel() == 1 else None
-        return cls(tuple(tensor.shape), tensor.dtype, not (read and known) or all_finite(tensor), scalar)
+        return cls(tuple(tensor.shape), tensor.dtype, not known or all_finite(tensor), scalar)
 
 
 def all_finite(tensor: Tensor) -> bool:

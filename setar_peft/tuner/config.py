@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from setar_peft.decomposition import KnownSplit
 from setar_peft.tuner.adapter_file import SavedShapes, check_adapter_file, file_digest, find_adapter_file
 from setar_peft.tuner.config_checks import (
     check_search,
@@ -19,7 +20,6 @@ from setar_peft.tuner.config_checks import (
     checked_candidates,
     checked_ratios,
 )
-from setar_peft.tuner.layer import KnownSplit
 from setar_peft.tuner.loading import CURRENT
 from setar_peft.tuner.peft_type import SETAR
 
@@ -227,10 +227,12 @@ class SeTARConfig(PeftConfig):
             hub_settings, _, _ = cls._split_kwargs(kwargs)
             path = find_adapter_file(pretrained_model_name_or_path, subfolder, **hub_settings)
             digest = config.weights_sha256 if path.name == SAFETENSORS_WEIGHTS_NAME else None
-            config.saved_shapes = check_adapter_file(path, config.rank_ratios, finetune=config.finetune, digest=digest)
+            config.saved_shapes, strongest = check_adapter_file(
+                path, config.rank_ratios, finetune=config.finetune, digest=digest
+            )
             load = CURRENT.get()
             if load is not None:
-                load.file_is_checked = True
+                load.strongest = strongest
         return config
 
     def __getstate__(self) -> dict[str, Any]:

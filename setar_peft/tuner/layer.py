@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -15,33 +15,10 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from setar_peft.decomposition import Residual, decompose, residual_rank, tensor_digest
+from setar_peft.decomposition import KnownSplit, Residual, SplitSettings, decompose, residual_rank, tensor_digest
 from setar_peft.tuner.base_weight import SavedBaseWeight, check_mergeable, original_matrix
 from setar_peft.tuner.forward import Factors, effective_weight
 from setar_peft.tuner.kept_weight import KeptWeight
-
-
-class SplitSettings(NamedTuple):
-    """What one layer's residual is computed from, apart from its weight."""
-
-    rank_ratio: float
-    prune: str
-    seed: int
-    name: str
-
-
-class KnownSplit(NamedTuple):
-    """A residual that was computed before, and of what.
-
-    Attributes:
-        settings: The settings it was computed with.
-        digest: The weight's `tensor_digest`.
-        residual: The removed components.
-    """
-
-    settings: SplitSettings
-    digest: str
-    residual: Residual
 
 
 class SeTARLayer(BaseTunerLayer):

@@ -8,6 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
+from setar_peft.decomposition import Residual
+
 # What torch.compile, FSDP and activation checkpointing put into the names of modules.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _T = TypeVar("_T")
@@ -20,12 +22,13 @@ class Load:
     Attributes:
         strict_base: Refuse a base that the factors are not known to come from.
         rename: The name of a tensor of the file -> its name in this model.
-        file_is_checked: Whether the values in the file have been read and found finite.
+        strongest: Module name in the file -> the strongest of the components that it removes; `None` where nobody has
+            read the file yet and found its values finite.
     """
 
     strict_base: bool
     rename: Callable[[str], str]
-    file_is_checked: bool = False
+    strongest: dict[str, Residual] | None = None
 
     def module_name(self, name: str) -> str:
         """The name in this model of a module that has another in the file."""

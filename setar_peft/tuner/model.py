@@ -21,8 +21,9 @@ from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
 from torch import Tensor, nn
 
 from setar_peft.backbones import default_target_modules
-from setar_peft.decomposition import Residual
+from setar_peft.decomposition import Residual, SplitSettings
 from setar_peft.tuner.adapter_file import SavedShapes
+from setar_peft.tuner.adapter_layers import adapter_layers, layers_of_adapter, remove_adapter
 from setar_peft.tuner.checkpoint import (
     TensorFacts,
     check_adapter_tensors,
@@ -33,10 +34,9 @@ from setar_peft.tuner.checkpoint import (
     unprefixed,
 )
 from setar_peft.tuner.config import SeTARConfig, objective_settings
-from setar_peft.tuner.layer import SeTARLayer, SplitSettings
+from setar_peft.tuner.layer import SeTARLayer
 from setar_peft.tuner.linear import SeTARLinear
 from setar_peft.tuner.loading import CURRENT, plain_name
-from setar_peft.tuner.removal import adapter_layers, remove_adapter
 from setar_peft.tuner.targets import resolve_rank_ratios, targeted_modules
 
 
@@ -152,6 +152,9 @@ class SeTARModel(BaseTuner):
             shapes, others = peft_config.saved_shapes
             check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
             check_other_tensors(others, peft_config.modules_to_save or (), model)
+        load = CURRENT.get()
+        if load is not None and load.strongest is not None:
+            self._check_base(layers, load.by_module(load.strongest), strict=peft_config.strict_base)
         if not self._expects_file:
             for name, layer in layers.items():
                 known = peft_config.known_splits.get(name)
@@ -299,19 +302,16 @@ class SeTARModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        load = CURRENT.get()
-        read = load is None or not load.file_is_checked
-        facts = {name: TensorFacts.of(tensor, read=read) for name, tensor in state_dict.items()}
-        shapes = check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
         check_names(state_dict, model)
-        layers = _adapted(model, adapter_name)
-        check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
-        tensors = unprefixed(state_dict)
-        cls._check_base(
-            layers,
-            {name: Residual(tensors[f"{name}.setar_B0"], tensors[f"{name}.setar_A0"]) for name in shapes},
-            strict=config.strict_base,
-        )
+        load = CURRENT.get()
+        if load is None or load.strongest is None:  # else the file was checked, and compared with the base
+            facts = {name: TensorFacts.of(tensor) for name, tensor in state_dict.items()}
+            shapes = check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
+            layers = layers_of_adapter(model, adapter_name)
+            check_shapes(shapes, {name: layer.shape for name, layer in layers.items()})
+            tensors = unprefixed(state_dict)
+            residuals = {name: Residual(tensors[f"{name}.setar_B0"], tensors[f"{name}.setar_A0"]) for name in shapes}
+            cls._check_base(layers, residuals, strict=config.strict_base)
         # Adapters that were saved with a ratio in float64 do not go onto every device.
         state_dict = {k: v.float() if k.endswith(".setar_ratio") else v for k, v in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(
@@ -331,7 +331,7 @@ class SeTARModel(BaseTuner):
             ValueError: If factors are missing, not finite, or `strict_base` is set and the base is not known to be
                 the one that they came from.
         """
-        layers = _adapted(model, adapter_name)
+        layers = layers_of_adapter(model, adapter_name)
         missing = [name for name, layer in layers.items() if layer.awaits_factors(adapter_name)]
         if missing:
             raise ValueError(
@@ -346,8 +346,10 @@ class SeTARModel(BaseTuner):
         }
         assert isinstance(config.rank_ratios, dict)
         check_adapter_tensors(facts, config.rank_ratios, finetune=config.finetune)
-        residuals = {name: layer.residual(adapter_name) for name, layer in layers.items()}
-        cls._check_base(layers, residuals, strict=config.strict_base)
+        load = CURRENT.get()
+        if load is None or load.strongest is None:
+            residuals = {name: layer.residual(adapter_name) for name, layer in layers.items()}
+            cls._check_base(layers, residuals, strict=config.strict_base)
 
     @staticmethod
     def _check_base(layers: Mapping[str, SeTARLayer], residuals: Mapping[str, Residual], *, strict: bool) -> None:
@@ -394,12 +396,3 @@ def _own_config(given: SeTARConfig) -> SeTARConfig:
                 load.by_module(shapes), {plain_name(load.rename(name)): shape for name, shape in others.items()}
             )
     return given
-
-
-def _adapted(model: nn.Module, adapter_name: str) -> dict[str, SeTARLayer]:
-    """The layers that have an adapter, by the names that their modules have in the base model."""
-    return {
-        plain_name(name).removeprefix("base_model.model."): layer
-        for name, layer in adapter_layers(model).items()
-        if adapter_name in layer.setar_ratio
-    }

@@ -1,7 +1,8 @@
-"""What PEFT's and transformers' ways of loading are given besides: all that the caller asked for, and all or nothing.
+"""Registering the method with PEFT, and all that is put around methods of PEFT and transformers.
 
 Neither passes `strict_base` or `key_mapping` on to a tuner, transformers calls no method of a tuner after loading, and
-where a load fails half way they leave the adapter in the model. Other methods' adapters pass through unchanged.
+where a load fails half way they leave the adapter in the model; both write cards of their own. Other methods' adapters
+pass through unchanged.
 """
 
 from __future__ import annotations
@@ -9,21 +10,61 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import register_peft_method
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from setar_peft.tuner.adapter_layers import remove_adapter
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.loading import CURRENT, Load, key_mapping_as_rename
 from setar_peft.tuner.model import SeTARModel
-from setar_peft.tuner.removal import remove_adapter
 
 
-def wrap_loading() -> None:
-    """Wrap PEFT's two methods that load an adapter from files; to be called once."""
+def register(search: Callable[..., Any], cards: Callable[[], Any]) -> None:
+    """Make the method known to PEFT; to be called once.
+
+    Args:
+        search: `search_rank_ratios`, which stands above the tuner.
+        cards: Gives the module that writes model cards, `setar_peft.hub.card`, when the first card is written.
+    """
+
+    def write_card(*args: Any) -> None:
+        cards().write_model_card(*args)
+
+    register_peft_method(name="setar", config_cls=SeTARConfig, model_cls=SeTARModel)
+    SeTARModel.search = staticmethod(search)
+    SeTARConfig.write_card = staticmethod(write_card)
+    _wrap_saving(cards)
+    _wrap_loading()
+
+
+def _wrap_saving(cards: Callable[[], Any]) -> None:
+    upload, write_peft_card = PeftModel._upload_modified_files, PeftModel.create_or_update_model_card
+
+    # PEFT writes a card into the folder that is being saved, also where the adapter goes into a folder below; it names
+    # a local base by its path.
+    def card_without_local_base(self: PeftModel, output_dir: str) -> None:
+        write_peft_card(self, output_dir)
+        if any(isinstance(config, SeTARConfig) for config in self.peft_config.values()):
+            cards().forget_local_base(Path(output_dir, cards().CARD_NAME))
+
+    # transformers, which `push_to_hub` comes from, writes its own template over the card that saving has just written,
+    # and calls no method in between that an adapter could define: the last step of a push is wrapped.
+    def upload_with_card(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        cards().write_pushed_card(self, working_dir)
+        return upload(self, working_dir, *args, **kwargs)
+
+    PeftModel._upload_modified_files = upload_with_card
+    PeftModel.create_or_update_model_card = card_without_local_base
+
+
+def _wrap_loading() -> None:
+    """Wrap PEFT's two methods that load an adapter from files."""
     from_pretrained: Any = PeftModel.from_pretrained.__func__
     load_adapter = PeftModel.load_adapter
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -28,10 +29,12 @@ def targeted_modules(
         is_target: Says of a module's full name whether the config targets it; by default PEFT's rules.
 
     Raises:
-        TypeError: If a target is no linear layer, or torch reads its weight and does not call it.
+        TypeError: If a target is no linear layer, stands in several places, or torch reads its weight and does not
+            call it.
     """
     config = _maybe_include_all_linear_layers(config, model)
     targets: dict[str, nn.Module] = {}
+    places = Counter(id(child) for module in model.modules() for child in module._modules.values())
     inside: str | None = None  # an adapter layer; what lies inside follows it at once
     for name, module in model.named_modules():
         if not name or (inside is not None and name.startswith(inside)):
@@ -47,6 +50,13 @@ def targeted_modules(
             raise TypeError(
                 f"{name} is a {type(base).__name__}; a SeTAR adapter goes on torch.nn.Linear and transformers' "
                 "Conv1D layers. Change target_modules or exclude_modules."
+            )
+        if places[id(module)] > 1:
+            names = [other for other, same in model.named_modules(remove_duplicate=False) if same is module]
+            raise TypeError(
+                f"{', '.join(names)} are one module, of which PEFT would adapt the first name alone, and merging would "
+                "change the others. Give each name a module of its own (they may share the weight), or take them out "
+                "of target_modules."
             )
         parent = model.get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.TransformerEncoderLayer) and _has_fast_path(parent):

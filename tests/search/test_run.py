@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import CLIPModel
 from transformers.pytorch_utils import Conv1D
@@ -310,3 +312,25 @@ def test_a_log_file_gets_a_line_a_layer(
     assert "vision 3 W_up  best loss 0.449" in lines[0]
     assert "100%" in lines[-1]
     assert "s left" in lines[-1]
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_a_compiled_base_is_searched_as_the_same_base_before(prefix: str) -> None:
+    """A random draw depends on a layer's name: what is evaluated is what the adapter removes."""
+    plain = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(32, 8)
+
+    def objective(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(model(x)[:, 0].square().mean())
+
+    settings: dict[str, Any] = {"target_modules": ["0", "2"], "prune": "random", "candidate_ratios": [0.25, 0.5]}
+    expected = search_rank_ratios(plain, objective, SeTARConfig(order=["2", "0"], **settings), progress=False)
+    compiled: Any = torch.compile(copy.deepcopy(plain), backend="eager")
+    order = [f"{prefix}2", f"{prefix}0"]
+    found = search_rank_ratios(compiled, objective, SeTARConfig(order=order, **settings), progress=False)
+    assert found.rank_ratios == expected.rank_ratios
+    assert any(found.rank_ratios.values())
+    assert found.config.known_splits.keys() == expected.config.known_splits.keys() != set()
+    best = objective(get_peft_model(plain, expected.config))
+    assert objective(get_peft_model(compiled, found.config)) == pytest.approx(best, rel=1e-5)

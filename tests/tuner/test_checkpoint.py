@@ -10,14 +10,14 @@ import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftModel, get_peft_model
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from setar_peft import SeTARConfig
-from setar_peft.decomposition import Residual, decompose
+from setar_peft.decomposition import Residual, SplitSettings, decompose
 from setar_peft.tuner import adapter_file
 from setar_peft.tuner.checkpoint import TensorFacts, all_finite, check_adapter_tensors, check_base
-from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, assert_unchanged, inputs, snapshot
 
@@ -209,3 +209,30 @@ def test_all_finite(dtype: torch.dtype) -> None:
                 damaged = tensor.clone()
                 damaged[place] = value
                 assert not all_finite(damaged)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="what is in memory is told on Linux only")
+def test_with_low_cpu_mem_usage_the_factors_stay_out_of_memory(tmp_path: Path) -> None:
+    """The base is checked by what the one reading of the file has found, not by the tensors that are mapped."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(512, 2048))
+
+    def kibibytes_in_memory() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        starts = [number for number, line in enumerate(lines) if line.endswith(str(file))]
+        assert starts  # it is mapped
+        return sum(int(next(x for x in lines[n:] if x.startswith("Rss:")).split()[1]) for n in starts)
+
+    config = SeTARConfig(target_modules=["0"], rank_ratios=0.5)
+    get_peft_model(base(), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_peft_weights(str(tmp_path), device="cpu")
+    by_peft_alone = kibibytes_in_memory()
+    del tensors
+    loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=True, strict_base=True)
+    assert loaded.base_model.model[0].setar_B0["default"].shape == (2048, 256)
+    assert kibibytes_in_memory() <= by_peft_alone < file.stat().st_size / 2048
+    with pytest.raises(ValueError, match="made from another base model"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(512, 2048)), tmp_path, strict_base=True)

@@ -14,9 +14,8 @@ from torch._dynamo.testing import CompileCounter
 from transformers.pytorch_utils import Conv1D
 
 from setar_peft import SeTARConfig
-from setar_peft.decomposition import decompose, exact_float32
+from setar_peft.decomposition import SplitSettings, decompose, exact_float32
 from setar_peft.tuner.forward import Factors, adapter_output, effective_weight, removes_nothing
-from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, inputs
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from setar_peft import SeTARConfig, SeTARLayer
+from setar_peft.decomposition import SplitSettings
 from setar_peft.tuner import kept_weight
 from setar_peft.tuner.base_weight import fingerprint, sample_fingerprint
 from setar_peft.tuner.kept_weight import check_is_cheaper, may_be_gone_round
-from setar_peft.tuner.layer import SplitSettings
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, inputs
 

@@ -13,8 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from setar_peft import SeTARConfig
-from setar_peft.decomposition import decompose
-from setar_peft.tuner.layer import SplitSettings
+from setar_peft.decomposition import SplitSettings, decompose
 from setar_peft.tuner.linear import SeTARLinear
 from tests.tuner.models import MLP, inputs, snapshot
 

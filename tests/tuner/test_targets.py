@@ -172,3 +172,19 @@ def test_what_lies_inside_an_adapter_is_no_target() -> None:
     peft_model.add_adapter("other", SeTARConfig(rank_ratios=0.5, target_modules=["0", "1"]))
     assert peft_model.peft_config["other"].rank_ratios == {"0": 0.5, "1": 0.5}
     assert torch.isfinite(peft_model(torch.ones(1, 6))).all()
+
+
+def test_a_module_in_several_places_is_refused_and_a_shared_block_is_not() -> None:
+    """PEFT replaces a module under its first name; a block that is shared is adapted in every place."""
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared.append(shared[0])
+    config = SeTARConfig(target_modules=["0", "2"], rank_ratios=0.5)
+    with pytest.raises(TypeError, match=r"0, 2 are one module, .* Give each name a module of its own"):
+        get_peft_model(shared, config)
+    assert type(shared[0]) is nn.Linear
+    block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(3, 4)
+    adapted = get_peft_model(nn.Sequential(block, block), SeTARConfig(target_modules=["0.0"], rank_ratios=0.5))
+    expected = adapted(x)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), expected)

@@ -1,4 +1,4 @@
-"""Taking an adapter out of a model again, so that the model is what it was."""
+"""The layers that hold adapters in a model, and taking an adapter out of them, so that the model is what it was."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from setar_peft.tuner.layer import SeTARLayer
+from setar_peft.tuner.loading import plain_name
 
 
 def adapter_layers(model: nn.Module) -> dict[str, SeTARLayer]:
     """The layers with SeTAR adapters in a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SeTARLayer)}
+
+
+def layers_of_adapter(model: nn.Module, adapter_name: str) -> dict[str, SeTARLayer]:
+    """The layers that have an adapter, by the names that their modules have in the base model."""
+    return {
+        plain_name(name).removeprefix("base_model.model."): layer
+        for name, layer in adapter_layers(model).items()
+        if adapter_name in layer.setar_ratio
+    }
 
 
 def remove_adapter(model: nn.Module, adapter_name: str, trainable: set[str]) -> None:
