@@ -119,17 +119,18 @@ class _After(MetaPathFinder):
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
+        loader: Any = None if spec is None else spec.loader
+        if loader is not None:
+            run = loader.exec_module
 
             # Only now: who looks for a module, as transformers does to see whether PEFT is there, need not import it.
             def exec_module(module: Any) -> None:
                 sys.meta_path.remove(self)
-                del spec.loader.exec_module  # a reload is none of ours
+                del loader.exec_module  # a reload is none of ours
                 run(module)
                 self._act(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            loader.exec_module = exec_module
         return spec
 
 

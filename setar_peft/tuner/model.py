@@ -37,7 +37,7 @@ from setar_peft.tuner.config import SeTARConfig, objective_settings
 from setar_peft.tuner.layer import SeTARLayer
 from setar_peft.tuner.linear import SeTARLinear
 from setar_peft.tuner.loading import CURRENT, plain_name
-from setar_peft.tuner.targets import resolve_rank_ratios, targeted_modules
+from setar_peft.tuner.targets import check_are_called, resolve_rank_ratios, targeted_modules
 
 
 class SeTARModel(BaseTuner):
@@ -126,6 +126,7 @@ class SeTARModel(BaseTuner):
             search = type(self).search
             if search is None:
                 raise RuntimeError("No search is known to the tuner; import setar_peft, not only setar_peft.tuner.")
+            check_are_called(targeted_modules(peft_config, model), model)  # before a search that may take hours
             result = search(model, peft_config.objective, peft_config)
             peft_config.rank_ratios, peft_config.known_splits = result.rank_ratios, result.config.known_splits
         if self._saved_ratios:
@@ -134,6 +135,7 @@ class SeTARModel(BaseTuner):
             targets = targeted_modules(peft_config, model, self._check_target_module_exists)
         if not targets:
             return  # PEFT says why nothing matched
+        check_are_called(targets, model)
         ratios = peft_config.rank_ratios
         if isinstance(ratios, dict):
             ratios = {plain_name(name): ratio for name, ratio in ratios.items()}

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from setar_peft.tuner.adapter_layers import remove_adapter
+from setar_peft.tuner.adapter_layers import adapter_layers, remove_adapter
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.loading import CURRENT, Load, key_mapping_as_rename
 from setar_peft.tuner.model import SeTARModel
@@ -47,10 +47,16 @@ def _wrap_saving(cards: Callable[[], Any]) -> None:
     upload, write_peft_card = PeftModel._upload_modified_files, PeftModel.create_or_update_model_card
 
     # PEFT writes a card into the folder that is being saved, also where the adapter goes into a folder below; it names
-    # a local base by its path.
+    # a local base by its path. It is the first thing that it writes.
     def card_without_local_base(self: PeftModel, output_dir: str) -> None:
+        is_setar = any(isinstance(config, SeTARConfig) for config in self.peft_config.values())
+        if is_setar and not adapter_layers(self):
+            raise ValueError(
+                "The model has no adapter left to save: merge_and_unload() or unload() took it out. Save before that, or "
+                "save the model that they returned."
+            )
         write_peft_card(self, output_dir)
-        if any(isinstance(config, SeTARConfig) for config in self.peft_config.values()):
+        if is_setar:
             cards().forget_local_base(Path(output_dir, cards().CARD_NAME))
 
     # transformers, which `push_to_hub` comes from, writes its own template over the card that saving has just written,

@@ -29,8 +29,7 @@ def targeted_modules(
         is_target: Says of a module's full name whether the config targets it; by default PEFT's rules.
 
     Raises:
-        TypeError: If a target is no linear layer, stands in several places, or torch reads its weight and does not
-            call it.
+        TypeError: If a target is no linear layer, or stands in several places.
     """
     config = _maybe_include_all_linear_layers(config, model)
     targets: dict[str, nn.Module] = {}
@@ -58,20 +57,30 @@ def targeted_modules(
                 "change the others. Give each name a module of its own (they may share the weight), or take them out "
                 "of target_modules."
             )
+        targets[name] = module
+    return targets
+
+
+def check_are_called(names: Iterable[str], model: nn.Module) -> None:
+    """Refuse layers whose weights torch reads without calling them, so that an adapter would have no effect.
+
+    Args:
+        names: Full names of the layers that are to be adapted; a search, which exchanges weights, may try them.
+        model: The model.
+
+    Raises:
+        TypeError: If one lies in an `nn.TransformerEncoderLayer` with its fast path.
+    """
+    for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and _has_fast_path(parent):
+        # What torch asks for beside this changes from call to call.
+        fast = isinstance(parent, nn.TransformerEncoderLayer) and parent.self_attn.batch_first
+        if fast and torch.backends.mha.get_fastpath_enabled():
             raise TypeError(
                 f"{name} lies in a TransformerEncoderLayer, which in evaluation mode hands the layer's weight to a "
                 "fast path and does not call the layer, so that an adapter would have no effect. Call "
                 "torch.backends.mha.set_fastpath_enabled(False) first, or take the layer out of target_modules."
             )
-        targets[name] = module
-    return targets
-
-
-def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
-    # What torch asks for beside this changes from call to call.
-    return torch.backends.mha.get_fastpath_enabled() and layer.self_attn.batch_first
 
 
 def resolve_rank_ratios(rank_ratios: float | Mapping[str, float], targets: Iterable[str]) -> dict[str, float]:

@@ -321,6 +321,15 @@ class TestCompile:
             torch.testing.assert_close(compiled(x), each(x))
 
 
+@pytest.mark.parametrize("how", ["merge_and_unload", "unload"])
+def test_there_is_nothing_to_save_once_the_adapter_is_out(how: str, tmp_path: Path) -> None:
+    model = get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS))
+    getattr(model, how)()
+    with pytest.raises(ValueError, match=r"no adapter left to save: merge_and_unload\(\) or unload\(\) took it out"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not list(tmp_path.rglob("*.*"))
+
+
 def test_dispatch_by_the_generic_config(tmp_path: Path) -> None:
     get_peft_model(MLP(), SeTARConfig(rank_ratios=RATIOS)).save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)

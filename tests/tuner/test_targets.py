@@ -137,6 +137,13 @@ class TestRefusals:
         with pytest.raises(TypeError, match=r"layers\.0\.linear1 lies in a TransformerEncoderLayer") as error:
             get_peft_model(encoder(True), config)
         assert "set_fastpath_enabled(False)" in str(error.value)
+
+        def not_to_be_called(_: nn.Module) -> float:
+            raise AssertionError("searched, though the adapter could not be made")
+
+        searching = SeTARConfig(objective=not_to_be_called, target_modules=["linear1"])
+        with pytest.raises(TypeError, match="would have no effect"):
+            get_peft_model(encoder(True), searching)
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             models = [get_peft_model(encoder(batch_first), copy.copy(config)).eval() for batch_first in (True, False)]
