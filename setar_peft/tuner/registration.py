@@ -52,8 +52,8 @@ def _wrap_saving(cards: Callable[[], Any]) -> None:
         is_setar = any(isinstance(config, SeTARConfig) for config in self.peft_config.values())
         if is_setar and not adapter_layers(self):
             raise ValueError(
-                "The model has no adapter left to save: merge_and_unload() or unload() took it out. Save before that, or "
-                "save the model that they returned."
+                "The model has no adapter left to save: merge_and_unload() or unload() took it out. Save before that, "
+                "or save the model that they returned."
             )
         write_peft_card(self, output_dir)
         if is_setar:
