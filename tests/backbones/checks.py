@@ -139,7 +139,8 @@ def adapter_has_the_searched_loss(model: Any, objective: Objective) -> None:
     promised = search_rank_ratios(model, objective, SeTARConfig(candidate_ratios=CANDIDATES), progress=False)
     adapted = get_peft_model(model, promised.config)
     assert objective.losses(adapted).total == pytest.approx(promised.trace.rows[-1].total_loss, abs=1e-5)
-    assert promised.trace.rows[-1].total_loss < base
+    # Of a random model it may be that nothing gains (a gated DINOv2 as transformers 5.18 draws it).
+    assert (promised.trace.rows[-1].total_loss < base) == any(promised.rank_ratios.values())
     with adapted.disable_adapter():
         assert objective.losses(adapted).total == base
 
