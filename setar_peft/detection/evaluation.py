@@ -126,7 +126,9 @@ class Evaluation:
         cells = [["OOD set", "score", "accuracy", level, "AUROC", "AUPR-in", "AUPR-out"]]
         for row in self.rows:
             shares = (self.accuracy, row.metrics.fpr, row.metrics.auroc, row.metrics.aupr_in, row.metrics.aupr_out)
-            cells.append([row.ood_set, row.score, *(f"{100 * share:.2f}" for share in shares)])
+            cells.append(
+                [row.ood_set, row.score, *("-" if math.isnan(share) else f"{100 * share:.2f}" for share in shares)]
+            )
         widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
         aligned = (
             [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(line)]

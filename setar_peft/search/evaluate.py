@@ -24,8 +24,8 @@ from setar_peft.search.replay import SharedPrefix
 from setar_peft.search.trace import SetFingerprint
 from setar_peft.search.weights import TruncatedLayers
 
-# Called once for each candidate and batch, with the layer, the ratio and the share of the layer's work now done.
-Progress = Callable[[str, float, float], None]
+# Called once for each candidate and batch, with the ratio and the share of the layer's work now done.
+Progress = Callable[[float, float], None]
 
 
 class Evaluator(TruncatedLayers, ABC):
@@ -73,7 +73,7 @@ class FullEvaluator(Evaluator):
         for done, (ratio, matrix) in enumerate(zip(ratios, self.matrices(layer, ratios), strict=True), 1):
             with self.weights[layer].holding(matrix):
                 losses.append(self._losses())
-            progress(layer, ratio, done / len(ratios))
+            progress(ratio, done / len(ratios))
         return losses
 
     def _losses(self) -> LossValues:
@@ -169,7 +169,7 @@ class ReplayEvaluator(Evaluator):
             for index, outputs in enumerate(self._candidates(self._images, batch, layer, matrices)):
                 sums[index] += self._objective.sums(self._embedded(outputs), classes, labels)
                 share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
-                progress(layer, ratios[index], share)
+                progress(ratios[index], share)
         return sums
 
     def _prompt_sums(
@@ -187,7 +187,7 @@ class ReplayEvaluator(Evaluator):
             for index, classes in enumerate(candidates):
                 sums[index] += self._objective.sums(image_features, classes, labels)
                 share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
-                progress(layer, ratios[index], share)
+                progress(ratios[index], share)
         return sums
 
     def _candidates(

@@ -62,13 +62,8 @@ class MemoryBudget:
         """Bytes that are still free in the budget."""
         return sum(self._left.values())
 
-    def take(self, size: int, place: str) -> bool:
-        """Count bytes that somebody else keeps, if there is room for them.
-
-        Args:
-            size: Bytes.
-            place: Type of the device on which they are.
-        """
+    def _take(self, size: int, place: str) -> bool:
+        """Count bytes in a place, if there is room for them."""
         if size > self._left.get(place, 0):
             return False
         self._left[place] -= size
@@ -101,7 +96,7 @@ class MemoryBudget:
         for place in self._left:
             pinned = self._pins and place == "cpu"
             taken = _next_power_of_two(size) if pinned else size
-            if self.take(taken, place):
+            if self._take(taken, place):
                 held = self._pinned(tensor) if pinned else tensor
                 if held is not None:
                     return Kept(partial(held.to, non_blocking=True), place, taken)

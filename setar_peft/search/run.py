@@ -254,7 +254,7 @@ class _Course:
         else:
             self._check_decided()
             values = self._evaluator.losses(
-                layer, ratios, lambda _, ratio, share: self._bar.candidate(location, ratio, share, seconds)
+                layer, ratios, lambda ratio, share: self._bar.candidate(location, ratio, share, seconds)
             )
             _report_non_finite(layer, ratios, map(self._criterion, values))
         finite = filter(math.isfinite, map(self._criterion, [self._best, *values]))

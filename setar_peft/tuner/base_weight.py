@@ -16,7 +16,7 @@ _SUMS = 4093
 def fingerprint(tensor: Tensor) -> Tensor:
     """Sums over a tensor's bits, as integers: they change with its values, and do not depend on the number of threads.
 
-    One pass over the memory: a fraction of a percent of a product with a few hundred tokens. Small tensors are their
+    One pass over the memory: little beside a product with a few hundred tokens. Small tensors are their
     own fingerprint. It stays on the tensor's device.
 
     Args:

@@ -89,7 +89,10 @@ def check_other_tensors(
     _check_names(set(expected), found)
     for name, shape in others.items():
         if shape != allowed[name]:
-            raise ValueError(f"{name} has shape {shape} in the adapter's file, and {allowed[name]} in this model.")
+            raise ValueError(
+                f"{name} has shape {shape} in the adapter's file, and {allowed[name]} in this model. Load the base "
+                "model that the adapter was made from."
+            )
 
 
 def check_adapter_tensors(
@@ -141,7 +144,10 @@ def check_adapter_tensors(
             for kind, like in (("setar_B", b0), ("setar_A", a0)):
                 trained = tensors[f"{module}.{kind}"].shape
                 if trained != like:
-                    raise ValueError(f"{module}.{kind} has shape {trained}; expected {like}.")
+                    raise ValueError(
+                        f"{module}.{kind} has shape {trained}; expected {like}. The file is damaged: copy or download "
+                        "the adapter again."
+                    )
         for kind in kinds[module]:
             facts = tensors[f"{module}.{kind}"]
             if facts.dtype not in _FLOATS:

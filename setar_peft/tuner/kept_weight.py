@@ -113,7 +113,7 @@ class KeptWeight:
 
     Writing to `tensor.data` leaves no trace in torch's counters. So values are compared, too: all of them after
     somebody has had the base layer from the adapter layer (`doubt`), as PEFT's other tuners do to merge into it; and an
-    eleventh of them at each use on a CPU, where that costs a fraction of a percent. What is left is a write through
+    eleventh of them at each use on a CPU, where that costs little. What is left is a write through
     `.data` of a tensor that somebody has held since before: of single elements on a CPU, of any elsewhere, where
     comparing would mean to wait for the device.
 

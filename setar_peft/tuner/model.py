@@ -96,9 +96,7 @@ class SeTARModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: SeTARConfig) -> None:
         super()._check_new_adapter_config(config)
-        merged = [
-            name for name, module in self.model.named_modules() if isinstance(module, SeTARLayer) and module.merged
-        ]
+        merged = [name for name, layer in adapter_layers(self.model).items() if layer.merged]
         if merged:
             raise ValueError(
                 f"An adapter is merged into {merged[0]}, so a new one would be made from a truncated weight. "
@@ -167,9 +165,8 @@ class SeTARModel(BaseTuner):
         """Whether a module is a target: by PEFT's rules for a new adapter, by its ratio for one that was saved."""
         name = plain_name(key)
         result = check_target_module_exists(peft_config, name)
-        if not (isinstance(peft_config, SeTARConfig) and peft_config.factors_saved) or isinstance(
-            result, _ExcludedModule
-        ):
+        is_saved = isinstance(peft_config, SeTARConfig) and peft_config.factors_saved
+        if not is_saved or isinstance(result, _ExcludedModule):
             return result
         assert isinstance(peft_config.rank_ratios, dict)
         return name in peft_config.rank_ratios
@@ -257,7 +254,10 @@ class SeTARModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = set(adapter_names) - set(self.peft_config) - {"__base__"}
         if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}; there are "
+                f"{', '.join(self.peft_config)}."
+            )
         hook = partial(_pass_adapter_names, names=list(adapter_names), beams=kwargs.get("num_beams") or 1)
         handles = [
             module.register_forward_pre_hook(hook, with_kwargs=True)

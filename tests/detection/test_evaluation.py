@@ -155,6 +155,7 @@ def test_id_images_may_be_whatever_ood_images_may_be(model: Any, objective: Any,
     given = evaluate(model, objective, labelled(pixels[:12]), {"rest": pixels[12:]})
     assert plain.rows == given.rows
     assert math.isnan(plain.accuracy)
+    assert plain.table().splitlines()[1].split()[:3] == ["rest", "mcm", "-"]
 
 
 def test_a_table_says_what_it_depends_on(model: Any, objective: Any, pixels: torch.Tensor) -> None:
