@@ -8,18 +8,17 @@ from torch import nn
 
 from setar_peft.backbones.base import (
     Backbone,
-    ClassWeights,
-    ImageFeatures,
     Location,
-    Logits,
     Tower,
     TowerInput,
+    TowerState,
     named_inputs,
 )
 from setar_peft.backbones.bert import BertBackbone
 from setar_peft.backbones.clip import CLIPBackbone
 from setar_peft.backbones.deit import DeiTBackbone
 from setar_peft.backbones.dinov2 import Dinov2Backbone, Dinov2WithRegistersBackbone
+from setar_peft.backbones.features import ClassWeights, ImageFeatures, Logits
 from setar_peft.backbones.roberta import RobertaBackbone
 from setar_peft.backbones.siglip import SiglipBackbone
 from setar_peft.backbones.siglip2 import Siglip2Backbone
@@ -35,6 +34,7 @@ __all__ = [
     "Logits",
     "Tower",
     "TowerInput",
+    "TowerState",
     "backbone_of",
     "default_target_modules",
     "model_classes",

@@ -4,81 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class ImageFeatures(NamedTuple):
-    """Features of some images; or of some texts, whose tokens take the place of the patches.
-
-    Attributes:
-        pooled: Of the whole images, (images, d).
-        local: Of their patches, (images, patches, d).
-        mask: Which patches there are, (images, patches), bool; None where every image has all of them. The others are
-            padding and count for nothing.
-    """
-
-    pooled: Tensor
-    local: Tensor
-    mask: Tensor | None = None
-
-
-class ClassWeights(NamedTuple):
-    """The linear map from features to logits: logits = features @ weight.T + bias.
-
-    Attributes:
-        weight: (classes, d), float32; a model's logit scale is inside.
-        bias: (classes,) or None.
-        scale: That logit scale, a float32 scalar: logits are this many times cosines (100 for CLIP), up to a shift
-            that is the same for all classes. 1 for a classifier, which has none.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: Tensor | float = 1.0
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Logits (..., classes) of features (..., d), float32 also under `torch.autocast`."""
-        with without_autocast(features.device):
-            return F.linear(features.float(), self.weight, self.bias)
-
-    def logits_of(self, features: ImageFeatures, *, local: bool = True) -> Logits:
-        """Logits of some images or texts.
-
-        Args:
-            features: As the map takes them (see `Backbone.embedded`).
-            local: Whether the local logits are wanted, too.
-        """
-        pooled, patches, mask = features
-        if not local:
-            return Logits(self.logits(pooled), None, self.scale, mask)
-        if mask is not None:
-            first = patches[torch.arange(len(patches), device=patches.device), mask.int().argmax(-1)]
-            patches = torch.where(mask[..., None], patches, first[:, None])
-        return Logits(self.logits(pooled), self.logits(patches), self.scale, mask)
-
-
-class Logits(NamedTuple):
-    """Logits of some images or texts, float32.
-
-    Attributes:
-        pooled: Of the whole images, (images, classes).
-        local: Of their patches, (images, patches, classes); None where they were not wanted. Padding repeats the
-            image's first patch, so that no maximum over patches sees it.
-        scale: The model's logit scale, 1 where it has none: `logits / scale` are cosines, up to a shift that is the
-            same for all classes.
-        mask: Which patches there are, (images, patches), bool; None where every image has all of them.
-    """
-
-    pooled: Tensor
-    local: Tensor | None
-    scale: Tensor | float
-    mask: Tensor | None = None
+from setar_peft.backbones.features import ClassWeights, ImageFeatures, Logits
 
 
 @dataclass
@@ -98,6 +30,23 @@ class TowerInput:
     kwargs: dict[str, Any]
     context: Any
     rows: int
+
+
+class TowerState(NamedTuple):
+    """How far some inputs have come in a tower.
+
+    Attributes:
+        entry: What the tower was entered with.
+        level: The block that is next.
+        hidden: Its input, (batch, tokens, width).
+        layers: Of the blocks below, what `Tower.class_token` makes of their outputs, (batch, d) each; None where that
+            is not wanted.
+    """
+
+    entry: TowerInput
+    level: int
+    hidden: Tensor
+    layers: tuple[Tensor, ...] | None
 
 
 class Tower(ABC):
@@ -170,13 +119,51 @@ class Tower(ABC):
         output = self.blocks[level](hidden, *entry.args, **entry.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def features(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Features of some inputs, through every block."""
+    def start(self, inputs: Mapping[str, Tensor], *, layers: bool = False) -> TowerState:
+        """Enter the tower.
+
+        Args:
+            inputs: The model's inputs by name.
+            layers: Whether the features after each block are wanted, too.
+        """
         entry = self.enter(inputs)
-        hidden = entry.hidden
-        for level in range(len(self.blocks) - 1):
-            hidden = self.step(entry, level, hidden)
-        return self.finish(entry, hidden)
+        return TowerState(entry, 0, entry.hidden, () if layers else None)
+
+    def advance(self, state: TowerState, level: int) -> TowerState:
+        """Run the blocks below a level, which may be that of the last block at most."""
+        entry, start, hidden, layers = state
+        for below in range(start, level):
+            hidden = self.step(entry, below, hidden)
+            layers = None if layers is None else (*layers, self.class_token(hidden))
+        return TowerState(entry, level, hidden, layers)
+
+    def end(self, state: TowerState) -> ImageFeatures:
+        """Features of images or texts, through the blocks that are left."""
+        entry, _, hidden, layers = self.advance(state, len(self.blocks) - 1)
+        features = ImageFeatures(*self.finish(entry, hidden))
+        return features if layers is None else features._replace(layers=torch.stack([*layers, features.pooled], dim=1))
+
+    def features(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Features of some inputs, through every block; see `finish`."""
+        state = self.advance(self.start(inputs), len(self.blocks) - 1)
+        return self.finish(state.entry, state.hidden)
+
+    def class_token(self, hidden: Tensor) -> Tensor:
+        """What the tower would make of the output of a block below the last one, were it the last one's.
+
+        Args:
+            hidden: Output of a block, (batch, tokens, width).
+
+        Returns:
+            Pooled features, (batch, d).
+
+        Raises:
+            ValueError: If the tower has no class token, or blocks of several widths.
+        """
+        raise ValueError(
+            f"{type(self.model).__name__} has no class token that runs through all blocks, so that there are no "
+            "features by block; take a score that reads the last one's."
+        )
 
     def parts(self, level: int) -> Mapping[str, nn.Module]:
         """The modules that run at a level, by full name: its block, or the head at the level above the last block."""
@@ -268,23 +255,34 @@ class Backbone(ABC):
     def check(self, inputs: Mapping[str, Tensor]) -> None:  # noqa: B027 - a family may take anything
         """Raise a `ValueError` if the model cannot take these inputs."""
 
-    def image_features(self, inputs: Tensor | Mapping[str, Tensor]) -> ImageFeatures:
+    def image_features(self, inputs: Tensor | Mapping[str, Tensor], *, layers: bool = False) -> ImageFeatures:
         """Features of images or texts, in the model's dtype and as they come out of the tower.
 
         Args:
             inputs: Pixel values (images, channels, height, width), or the model's inputs by name, as its processor or
                 tokenizer gives them; on any device.
+            layers: Whether the features after each block are wanted, too.
+
+        Raises:
+            ValueError: If the model cannot take them, or has no features by block.
+        """
+        tower = self.towers[self.input_tower]
+        return tower.end(tower.start(self.on_device(inputs), layers=layers))
+
+    def on_device(self, inputs: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's inputs by name, where it computes.
 
         Raises:
             ValueError: If the model cannot take them.
         """
-        inputs = {name: value.to(self.device) for name, value in named_inputs(inputs).items()}
-        self.check(inputs)
-        return ImageFeatures(*self.towers[self.input_tower].features(inputs))
+        named = {name: value.to(self.device) for name, value in named_inputs(inputs).items()}
+        self.check(named)
+        return named
 
     def embedded(self, features: ImageFeatures) -> ImageFeatures:
         """Features as the class weights take them, float32."""
-        return ImageFeatures(self.embed(features.pooled), self.embed(features.local), features.mask)
+        layers = None if features.layers is None else self.embed(features.layers)
+        return ImageFeatures(self.embed(features.pooled), self.embed(features.local), features.mask, layers)
 
     def text_features(self, tokens: Mapping[str, Tensor], batch_size: int | None = None) -> Tensor:
         """Features of class prompts, (classes, d), encoded in batches.
@@ -364,13 +362,6 @@ class Backbone(ABC):
             for part in tower.parts(level)
             if (name := f"{part}.{self.weight_names[weight_type]}") in known_names
         ]
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Computes in the dtypes of the tensors, also within `torch.autocast`."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def named_inputs(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

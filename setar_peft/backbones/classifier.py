@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones.base import Backbone, ClassWeights, without_autocast
+from setar_peft.backbones.base import Backbone
+from setar_peft.backbones.features import ClassWeights, without_autocast
 
 
 class ClassifierBackbone(Backbone):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones.attention import attended_by_first
-from setar_peft.backbones.base import Backbone, ClassWeights, Tower, TowerInput, check_images
+from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
+from setar_peft.backbones.features import ClassWeights
 from setar_peft.backbones.prompts import (
     Prompts,
     block_step,
@@ -42,6 +43,9 @@ class _VisionTower(Tower):
         tokens = tokens + block.mlp(block.layer_norm2(tokens))
         tokens = self._project(tokens)
         return tokens[:, 0], tokens[:, 1:]
+
+    def class_token(self, hidden: Tensor) -> Tensor:
+        return self._project(hidden[:, 0])
 
     def _project(self, hidden: Tensor) -> Tensor:
         return self.model.visual_projection(self.model.vision_model.post_layernorm(hidden))

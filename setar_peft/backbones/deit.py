@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones.base import ClassWeights
 from setar_peft.backbones.classifier import linear_map
+from setar_peft.backbones.features import ClassWeights
 from setar_peft.backbones.vit import ViTBackbone, ViTTower
 
 

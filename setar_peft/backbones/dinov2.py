@@ -31,8 +31,13 @@ class _Tower(Tower):
         local = local + block.layer_scale1(block.attention.o_proj(block.attention.v_proj(block.norm1(local))))
         tokens = norm(self.step(entry, len(self.blocks) - 1, hidden))
         local = norm(local + block.layer_scale2(block.mlp(block.norm2(local))))
-        pooled = torch.cat([tokens[:, 0], tokens[:, self._special_tokens :].mean(1)], dim=-1)
-        return pooled, torch.cat([torch.zeros_like(local), local], dim=-1)
+        return self._pooled(tokens), torch.cat([torch.zeros_like(local), local], dim=-1)
+
+    def class_token(self, hidden: Tensor) -> Tensor:
+        return self._pooled(self.model.base_model.layernorm(hidden))
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        return torch.cat([tokens[:, 0], tokens[:, self._special_tokens :].mean(1)], dim=-1)
 
 
 class Dinov2Backbone(ClassifierBackbone):

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from setar_peft.backbones.base import ClassWeights, Tower, TowerInput
+from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.clip import CLIPBackbone
+from setar_peft.backbones.features import ClassWeights
 from setar_peft.backbones.prompts import Prompts, check_length, last_block_at_ends
 
 

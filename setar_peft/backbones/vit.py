@@ -43,6 +43,10 @@ class ViTTower(Tower):
         tokens = self.model.base_model.layernorm(tokens + block.mlp(block.layernorm_after(tokens)))
         return self.pooled(tokens[:, :first]), tokens[:, first:]
 
+    def class_token(self, hidden: Tensor) -> Tensor:
+        """The special tokens after a block, through the final norm and as the classifier reads them, (images, d)."""
+        return self.pooled(self.model.base_model.layernorm(hidden[:, : self.special_tokens]))
+
     def pooled(self, special: Tensor) -> Tensor:
         """What the classifier reads, (images, d), of the special tokens (images, special tokens, d)."""
         return special[:, 0]

@@ -196,7 +196,7 @@ class LoCoOpObjective(Objective):
                 f"The model has {len(classes.weight)} classes, class_names {len(self.class_names)}. Name every class "
                 "that the model tells apart: class_names=model.config.id2label."
             )
-        pooled, local, mask = features
+        pooled, local, mask, _ = features
         return torch.stack(locoop_sums(pooled, local, classes, labels, top_k=self.top_k, mask=mask))
 
     def values(self, sums: Tensor) -> LossValues:

@@ -54,7 +54,7 @@ class PatchMetricObjective(LoCoOpObjective):
     def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
         """The LoCoOp sums, then how many images and how many OOD patches have their score in each bin."""
         patches: list[Tensor] = []
-        pooled, local, mask = features
+        pooled, local, mask, _ = features
         loss = locoop_sums(
             pooled,
             local,
