@@ -60,7 +60,7 @@ def rows_of(
         return _of_datasets(data, kind, input_column, label_column, labelled)
     if isinstance(data, torch.utils.data.Dataset):
         return _of_torch(data, kind, input_column, label_column, labelled)
-    if isinstance(data, (Sequence, np.ndarray)) and not isinstance(data, str):
+    if isinstance(data, (Sequence, np.ndarray)) and not isinstance(data, (str, bytes, bytearray)):
         return Rows(len(data), data.__getitem__)
     raise ValueError(
         f"The {kind}s are a {type(data).__module__}.{type(data).__qualname__}; give a list of them, a datasets.Dataset "

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from torch import Tensor
 
-from setar_peft.data.images import checked_batch_size
+from setar_peft.data.contents import digest_of, digest_of_tensors
+from setar_peft.data.images import picture_of
+from setar_peft.data.inputs import InputBatch, Inputs, checked_batch_size, finite_rows
 from setar_peft.data.labels import ClassNames, check_has_classes, class_indices
 from setar_peft.data.rows import check_is_one_set, rows_of
 
 if TYPE_CHECKING:
     import datasets
 
+_SHOWN = 32
 
-class NamedInputs:
+
+class NamedInputs(Inputs):
     """A set of texts or processed inputs, in a fixed order, labelled or not.
 
     Args:
@@ -42,6 +46,8 @@ class NamedInputs:
         ValueError: If there are no inputs, tensors of unequal length, no tokenizer for texts, or wrong labels.
     """
 
+    _kind = "text"
+
     def __init__(
         self,
         tokenizer: Any,
@@ -65,7 +71,7 @@ class NamedInputs:
             if len(set(lengths.values())) != 1:
                 listed = ", ".join(f"{name} has {length}" for name, length in lengths.items())
                 raise ValueError(f"The inputs need one row each in every tensor: {listed or 'there are none'}.")
-            self._tensors, self._length = data, next(iter(lengths.values()))
+            self._tensors, count = data, next(iter(lengths.values()))
         else:
             self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
             if not callable(self._tokenizer):
@@ -73,38 +79,71 @@ class NamedInputs:
             labelled = self.classes is not None and labels is None
             rows = rows_of(data, "text", text_column, label_column, labelled=labelled)
             own, label_names = (rows.labels if labels is None else labels), rows.label_names
-            self._texts, self._length = [rows.input(number) for number in range(rows.count)], rows.count
-            strange = [number for number, text in enumerate(self._texts) if not isinstance(text, str)]
-            if strange:
-                raise ValueError(
-                    f"Text {strange[0]} (from 0) is {self._texts[strange[0]]!r:.80}, which is no text; leave it out."
-                )
-        if not self._length:
+            self._texts, count = [rows.input(number) for number in range(rows.count)], rows.count
+        if not count:
             raise ValueError("There are no inputs; give at least one.")
-        self.labels, self.matched = class_indices(
-            own, label_names, self._length, self.classes, beside=labels is not None
-        )
+        self.labels, self.matched = class_indices(own, label_names, count, self.classes, beside=labels is not None)
+        self.numbers = range(count)
 
-    def __len__(self) -> int:
-        return self._length
+    def readable_batches(self) -> Generator[InputBatch, None, None]:
+        """The model's inputs by name, (b, ...) each, in order; what is no text is an error of its batch."""
+        for part in self._parts():
+            rows = [self._row(number) for number in part]
+            errors: dict[int, str] = {}
+            if self._tensors is None:
+                for number, row in zip(part, rows, strict=True):
+                    strange = _strange(self._texts[row])
+                    if strange:
+                        errors[number] = f"{self._called(number)} {strange}."
+                rows = [row for number, row in zip(part, rows, strict=True) if number not in errors]
+                yield self._batch(part, self._tokens([self._texts[row] for row in rows]) if rows else None, errors)
+                continue
+            tensors = {name: tensor[rows] for name, tensor in self._tensors.items()}
+            finite = finite_rows(tensors)
+            for number, is_finite in zip(part, finite, strict=True):
+                if not is_finite:
+                    errors[number] = f"{self._called(number)} holds values that are not finite."
+            if errors:
+                tensors = {name: tensor[finite] for name, tensor in tensors.items()}
+            yield self._batch(part, tensors, errors)
 
-    def batches(self) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-        """The model's inputs by name, (b, ...) each, and labels (b,) of all inputs, in order."""
-        for start in range(0, len(self), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            yield self._inputs(part), self.labels[part]
+    def shown(self, number: int) -> Image.Image | str:
+        """A text; of processed inputs the picture, or the numbers of the tokens.
 
-    def shard(self, index: int, count: int) -> NamedInputs:
-        """Every `count`-th input from number `index` on; it may be empty."""
-        part = copy.copy(self)
-        part.labels = self.labels[index::count]
-        part._length = len(part.labels)
+        Raises:
+            ValueError: If it is no text.
+        """
+        row = self._row(number)
+        if self._tensors is None:
+            strange = _strange(self._texts[row])
+            if strange:
+                raise ValueError(f"{self._called(number)} {strange}.")
+            return self._texts[row]
+        pixels = self._tensors.get("pixel_values")
+        if pixels is not None and pixels.dim() == 4:
+            return picture_of(pixels[row])
+        name = "input_ids" if "input_ids" in self._tensors else next(iter(self._tensors))
+        return f"{name} {self._tensors[name][row].flatten()[:_SHOWN].tolist()}"
+
+    def _name(self, row: int) -> str | None:
+        return None
+
+    def _content(self, row: int) -> bytes:
         if self._tensors is not None:
-            part._tensors = {name: tensor[index::count] for name, tensor in self._tensors.items()}
-        part._texts = self._texts[index::count]
-        return part
+            return digest_of_tensors({name: tensor[row] for name, tensor in self._tensors.items()})
+        text = self._texts[row]
+        return digest_of("unreadable" if _strange(text) else digest_of_tensors(self._tokens([text])), repr(text))
 
-    def _inputs(self, part: slice) -> Mapping[str, Tensor]:
-        if self._tensors is not None:
-            return {name: tensor[part] for name, tensor in self._tensors.items()}
-        return dict(self._tokenizer(self._texts[part], padding=True, truncation=True, return_tensors="pt"))
+    def _preprocessing(self) -> Any:
+        # Besides the tokens themselves, which take part with each text: what batches of several are made by.
+        return None if self._tensors is not None else getattr(self._tokenizer, "padding_side", None)
+
+    def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
+        return dict(self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
+
+
+def _strange(text: Any) -> str | None:
+    """What is wrong with a text."""
+    if not isinstance(text, str):
+        return f"is {text!r:.80}, which is no text"
+    return None if text.strip() else "is empty"

@@ -324,7 +324,7 @@ class OODDetector:
             )
         device = next(self.model.parameters()).device
         if self._bank.weight.device != device:
-            self._bank = ClassWeights(*(part.to(device) if isinstance(part, Tensor) else part for part in self._bank))
+            self._bank = self._bank.to(device)
         needed = self._score.needs_layers if layers is None else layers
         with reading(self.model, self._bank, layers=needed) as reader:
             yield reader
