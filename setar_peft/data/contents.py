@@ -25,13 +25,13 @@ def digest_of(*parts: str | bytes) -> bytes:
     return digest.digest()
 
 
-def digest_of_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """SHA-256 of tensors by name: their dtypes, shapes and values."""
+def digest_of_row(tensors: Mapping[str, Tensor], row: int) -> bytes:
+    """SHA-256 of a row of tensors by name: their dtypes, shapes and values."""
     parts: list[str | bytes] = []
     for name in sorted(tensors):
-        values = tensors[name].detach().cpu().contiguous()
+        values = tensors[name][row].detach().cpu().contiguous()
         parts += [f"{name} {values.dtype} {tuple(values.shape)}", values.flatten().view(torch.uint8).numpy().tobytes()]
-    return digest_of("tensors", *parts)
+    return digest_of("row", *parts)
 
 
 def digest_of_image(image: Any) -> bytes:
@@ -54,4 +54,6 @@ def digest_of_image(image: Any) -> bytes:
         picture = (image.mode, image.size, image.getpalette(), image.getexif().get(_ORIENTATION, 1))
         return digest_of("picture", repr(picture), image.tobytes())
     array = np.ascontiguousarray(image)
+    if array.dtype.hasobject:
+        raise ValueError(f"it is a {type(image).__name__}, which is no image")
     return digest_of("array", f"{array.dtype} {array.shape}", array.tobytes())

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from setar_peft.data.contents import digest_of, digest_of_image, digest_of_tensors
+from setar_peft.data.contents import digest_of, digest_of_image, digest_of_row
 from setar_peft.data.decoding import ahead, decoded, processor_channels
 from setar_peft.data.files import name_of
 from setar_peft.data.folders import read_folder
@@ -53,7 +53,7 @@ class ImageSource(Inputs):
             match them by name.
     """
 
-    _kind = "image"
+    kind = "image"
 
     def __init__(
         self,
@@ -115,7 +115,8 @@ class ImageSource(Inputs):
         parts = self._parts()
         if self._images is not None:
             for part in parts:
-                yield self._of_tensor(self._images, part)
+                tensors, errors = self._of_tensors({"pixel_values": self._images}, part)
+                yield self._batch(part, tensors["pixel_values"], errors)
             return
         # Closed here, and not whenever it is collected: its threads end with this loop, however that ends.
         with closing(ahead(parts, self._fetched, self._processed)) as processed:
@@ -145,13 +146,14 @@ class ImageSource(Inputs):
                 return None
         return self._names[row]
 
-    def _content(self, row: int) -> bytes:
+    def _content(self, number: int) -> bytes:
+        row = self._row(number)
         if self._images is not None:
-            return digest_of_tensors({"pixel_values": self._images[row]})
+            return digest_of_row({"pixel_values": self._images}, row)
         try:
             return digest_of_image(self._image(row))
-        except Exception as error:
-            return digest_of("unreadable", type(error).__name__)
+        except Exception:
+            return digest_of("unreadable")
 
     def _preprocessing(self) -> Any:
         if self._images is not None:
@@ -161,15 +163,15 @@ class ImageSource(Inputs):
 
     def _fetched(self, number: int) -> Any:
         row = self._row(number)
+        self._names.setdefault(row, None)
         try:
             image = self._image(row)
+            self._names[row] = name_of(image)
             if isinstance(image, Image.Image):
                 # Two threads cannot read one picture that is opened and not yet read, and it may be there twice.
                 image.load()
         except Exception as error:
-            # By its number: what it is called is not known without fetching it.
             return _Unread(self._unreadable(number, error))
-        self._names[row] = name_of(image)
         return image
 
     def _processed(self, number: int, image: Any) -> dict[str, Tensor] | _Unread:
@@ -187,16 +189,6 @@ class ImageSource(Inputs):
         except Exception as error:
             return _Unread(self._unreadable(number, error))
         return values
-
-    def _of_tensor(self, images: Tensor, part: range) -> InputBatch:
-        batch = images[[self._row(number) for number in part]]
-        finite = finite_rows({"pixel_values": batch})
-        errors = {
-            number: f"{self._called(number)} holds pixel values that are not finite."
-            for number, is_finite in zip(part, finite, strict=True)
-            if not is_finite
-        }
-        return self._batch(part, batch[finite] if errors else batch, errors)
 
     def _stacked(self, part: range, images: Sequence[dict[str, Tensor] | _Unread]) -> InputBatch:
         errors = {

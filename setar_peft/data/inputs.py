@@ -8,7 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -48,6 +48,7 @@ class Inputs(ABC):
         matched: What the data call each class -> its class name; empty where the data have no names.
         batch_size: Inputs a batch.
         numbers: Number of each input in the whole set or stream, from 0.
+        kind: What they are: "image", "text", or "input" where a processor has made them already.
     """
 
     labels: Tensor
@@ -55,9 +56,9 @@ class Inputs(ABC):
     matched: dict[str, str]
     batch_size: int
     numbers: Sequence[int]
+    kind: str
     # Number of the first input of what is held here: a part of a stream goes on counting.
     _first: int = 0
-    _kind: ClassVar[str]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,8 +80,8 @@ class Inputs(ABC):
         """The path or URL of a row of what is held here, if it has one."""
 
     @abstractmethod
-    def _content(self, row: int) -> bytes:
-        """A digest of the content of a row of what is held here."""
+    def _content(self, number: int) -> bytes:
+        """A digest of the content of an input."""
 
     @abstractmethod
     def _preprocessing(self) -> Any:
@@ -98,7 +99,7 @@ class Inputs(ABC):
                 if batch.errors:
                     first = min(batch.errors)
                     raise ValueError(
-                        f"{batch.errors[first]} {first} of {len(self)} {self._kind}s come before it. Replace it, or "
+                        f"{batch.errors[first]} {first} of {len(self)} {self.kind}s come before it. Replace it, or "
                         "take it away."
                     )
                 yield batch.inputs, batch.labels
@@ -117,7 +118,7 @@ class Inputs(ABC):
         strange = [place for place in chosen if isinstance(place, bool) or not 0 <= int(place) < len(self)]
         if strange:
             raise ValueError(
-                f"numbers holds {strange[0]!r}; give the places of the {self._kind}s that are wanted, from 0 to "
+                f"numbers holds {strange[0]!r}; give the places of the {self.kind}s that are wanted, from 0 to "
                 f"{len(self) - 1}."
             )
         places = [int(place) for place in chosen]
@@ -142,14 +143,14 @@ class Inputs(ABC):
         counts as such.
         """
         settings = [
-            self._kind,
+            self.kind,
             None if self.classes is None else [self.classes.names, self.classes.keys],
             self.labels.tolist(),
             self._preprocessing(),
         ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
         for number in range(len(self)):
-            digest.update(self._content(self._row(number)))
+            digest.update(self._content(number))
         return digest.hexdigest()
 
     def numbered_from(self, first: int) -> Self:
@@ -169,7 +170,7 @@ class Inputs(ABC):
 
     def _called(self, number: int) -> str:
         """An input in an error: its path or URL, or its number in the whole set or stream."""
-        return self._name(self._row(number)) or f"{self._kind.capitalize()} {self.numbers[number]} (from 0)"
+        return self._name(self._row(number)) or f"{self.kind.capitalize()} {self.numbers[number]} (from 0)"
 
     def _unreadable(self, number: int, error: Exception) -> str:
         reason = str(error) or type(error).__name__
@@ -182,6 +183,21 @@ class Inputs(ABC):
     ) -> InputBatch:
         read = [number for number in part if number not in errors]
         return InputBatch(read, inputs if read else None, self.labels[torch.tensor(read, dtype=torch.long)], errors)
+
+    def _of_tensors(self, tensors: Mapping[str, Tensor], part: range) -> tuple[dict[str, Tensor], dict[int, str]]:
+        """The rows of a batch out of tensors with one row an input, and an error for each that is not finite."""
+        rows = [self._row(number) for number in part]
+        whole = slice(rows[0], rows[-1] + 1) if rows == list(range(rows[0], rows[-1] + 1)) else rows
+        batch = {name: tensor[whole] for name, tensor in tensors.items()}
+        finite = finite_rows(batch)
+        errors = {
+            number: f"{self._called(number)} holds values that are not finite."
+            for number, is_finite in zip(part, finite, strict=True)
+            if not is_finite
+        }
+        if errors:
+            batch = {name: tensor[torch.tensor(finite)] for name, tensor in batch.items()}
+        return batch, errors
 
 
 def finite_rows(tensors: Mapping[str, Tensor]) -> list[bool]:
