@@ -14,7 +14,7 @@ default temperature, and `score`, which knows the scale, has the paper's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -26,8 +26,6 @@ from setar_peft.detection.per_image import check_count, check_logits, per_image
 from setar_peft.detection.scoring import Score
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from setar_peft.backbones import ImageFeatures
 
 Pooling = Literal["patch", "class"]

@@ -80,14 +80,14 @@ class Score:
             raise ValueError(f"The score {self.name} is meant for cosines; give its function a setting temperature.")
 
     @property
-    def needs_fit(self) -> bool:
-        """Whether `fit` has to find something out before the score can be computed, and has not yet."""
-        return False
-
-    @property
     def needs_local(self) -> bool:
         """Whether local logits are read, so that the model has to give them."""
         return "local_logits" in self.reads
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit` has to find something out first; not any more once it has."""
+        return False
 
     @property
     def needs_layers(self) -> bool:
