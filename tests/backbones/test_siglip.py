@@ -93,6 +93,11 @@ def test_padded_patches_of_siglip2(tiny2: Any, tokens: dict[str, Tensor]) -> Non
     torch.testing.assert_close(logits.local[logits.mask], local[logits.mask], rtol=1e-5, atol=1e-5)
 
 
+def test_there_is_no_class_token(tiny: Any, tiny2: Any) -> None:
+    checks.has_no_features_by_block(tiny, checks.random_images(3, 3, 32, 32))
+    checks.has_no_features_by_block(tiny2, flexible_images(3))
+
+
 def test_padded_patches_count_for_nothing(tiny2: Any) -> None:
     inputs = flexible_images(12)
     losses = checks.make_objective(inputs, checks.WordTokenizer()).losses(tiny2)
