@@ -13,6 +13,7 @@ default temperature, and `score`, which knows the scale, has the paper's.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -256,8 +257,11 @@ SCORES: dict[str, Score] = {
     )
 }
 
-# Scores made of something, by the first part of their names: "layer_fusion:mcm" is FAMILIES["layer_fusion"]("mcm").
-FAMILIES: dict[str, Callable[[str], Score]] = {}
+# Where scores are made that have a name in two parts: "layer_fusion:mcm" is LayerFusion("mcm"). They stand above this.
+FAMILIES = {
+    "layer_fusion": ("setar_peft.detection.fusion", "LayerFusion"),
+    "pytorch_ood": ("setar_peft.detection.external", "PytorchOOD"),
+}
 
 
 def register_score(new: Score | Callable[..., Tensor]) -> Score:
@@ -290,7 +294,9 @@ def find_score(wanted: str | Score | Callable[..., Tensor]) -> Score:
         return wanted
     family, _, made_of = wanted.partition(":")
     if wanted not in SCORES and family in FAMILIES:
-        return FAMILIES[family](made_of)
+        module, maker = FAMILIES[family]
+        found: Score = getattr(importlib.import_module(module), maker)(made_of)
+        return found
     if wanted not in SCORES:
         families = "".join(f", or '{family}:...'" for family in FAMILIES)
         raise ValueError(f"score is {wanted!r}; write one of {', '.join(map(repr, SCORES))}{families}.")

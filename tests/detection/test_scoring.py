@@ -45,6 +45,10 @@ def margin(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     return first - second
 
 
+def made(of: str) -> Score:
+    return Score(margin, name=f"family:{of}")
+
+
 def message_of(function: Any, *args: Any, **kwargs: Any) -> str:
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
         function(*args, **kwargs)
@@ -253,6 +257,6 @@ def test_a_score_that_has_nothing_to_be_fitted(logits: Logits, features: ImageFe
 
 
 def test_families_make_scores_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scores.FAMILIES, "family", lambda made_of: Score(margin, name=f"family:{made_of}"))
+    monkeypatch.setitem(scores.FAMILIES, "family", (__name__, "made"))
     assert find_score("family:this").name == "family:this"
     assert ", or 'family:...'" in message_of(find_score, "familiar:this")
