@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from setar_peft.data.images import ImageSource
     from setar_peft.detection.detector import OODDetector
     from setar_peft.detection.evaluation import evaluate
+    from setar_peft.detection.external import PytorchOOD
+    from setar_peft.detection.fusion import LayerFusion
     from setar_peft.detection.scores import register_score
     from setar_peft.detection.scoring import Score
     from setar_peft.objectives.base import Objective
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
 __all__ = [
     "CardFacts",
     "ImageSource",
+    "LayerFusion",
     "LoCoOpObjective",
     "OODDetector",
     "Objective",
     "PatchMetricObjective",
+    "PytorchOOD",
     "Score",
     "SeTARConfig",
     "SeTARLayer",
@@ -60,10 +64,12 @@ __all__ = [
 _HOMES = {
     "CardFacts": "tuner.config",
     "ImageSource": "data.images",
+    "LayerFusion": "detection.fusion",
     "LoCoOpObjective": "objectives.locoop",
     "OODDetector": "detection.detector",
     "Objective": "objectives.base",
     "PatchMetricObjective": "objectives.patch_metric",
+    "PytorchOOD": "detection.external",
     "SeTARConfig": "tuner.config",
     "SeTARLayer": "tuner.layer",
     "SeTARModel": "tuner.model",

@@ -148,7 +148,7 @@ class PytorchOOD(Score):
                 UserWarning,
                 stacklevel=2,
             )
-        return self._fit(dict(tensors)) if tensors else PytorchOOD(self.detector, **self.options)
+        return self._fit(tensors) if tensors else PytorchOOD(self.detector, **self.options)
 
     @property
     def _reads_classifier(self) -> bool:
@@ -167,7 +167,9 @@ class PytorchOOD(Score):
         with torch.no_grad():
             return -predict(features.float().cpu()).to(features.device)
 
-    def _fit(self, state: dict[str, Tensor]) -> PytorchOOD:
+    def _fit(self, state: Mapping[str, Tensor]) -> PytorchOOD:
+        # In memory of torch's own: a matrix at another alignment, as in a file that is mapped, is multiplied otherwise.
+        state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         features, labels = state["features"], state["labels"]
         if DETECTORS[self.detector]:
             unlabelled = int((labels < 0).sum())
