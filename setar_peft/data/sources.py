@@ -225,5 +225,5 @@ def _warn_if_not_normalised(pixel_values: Tensor, processor: Any) -> None:
             f"that it seems not to be normalised as the processor does it (image_mean {list(mean)}); give the images "
             "themselves, or processor(images).",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
