@@ -189,7 +189,7 @@ class NamedInputs(Inputs):
     def _cut(self, texts: Mapping[int, str], tokens: Mapping[str, Tensor]) -> list[int]:
         """The places of texts of which the tokenizer leaves something out."""
         longest = getattr(self._tokenizer, "model_max_length", None)
-        if longest is None or tokens["input_ids"].shape[1] < longest:
+        if longest is None or "input_ids" not in tokens or tokens["input_ids"].shape[1] < longest:
             return []
         whole = self._tokenizer(list(texts.values()), padding=False, truncation=False, verbose=False)["input_ids"]
         return [number for number, ids in zip(texts, whole, strict=True) if len(ids) > longest]

@@ -249,6 +249,7 @@ class Processor:
     """An image processor that does something wrong with some images."""
 
     image_mean = (0.0, 0.0, 0.0)
+    model_input_names = ("pixel_values", "pixel_attention_mask")
 
     def __init__(self, make: Any) -> None:
         self.make = make
@@ -265,6 +266,11 @@ class Processor:
         (lambda p: {"pixel_values": torch.zeros(2, 3, 4, 4)}, r"pixel_values \(2, 3, 4, 4\) for it, which is not one"),
         (lambda p: {"pixel_values": torch.full((1, 3, 4, 4), np.inf)}, "values for it that are not finite"),
         (lambda p: {"pixel_values": torch.zeros(1, 3, *p.size)}, r"\(3, 4, 4\) and \(3, 6, 4\); set its do_resize"),
+        (
+            lambda p: {"pixel_values": torch.zeros(1, 3, 4, 4), "pixel_attention_mask": torch.zeros(1, 3)},
+            r"\(3, 4, 4\) and \(3, 4, 4\), \(3,\); set its do_resize",
+        ),
+        (lambda p: {}, "gives nothing for it, which is not one image's pixel_values"),
         (lambda p: p.missing, "AttributeError: .*missing"),
     ],
 )
@@ -281,11 +287,12 @@ def test_what_a_processor_does_to_one_image_is_an_error_of_that_image(make: Any,
 
 
 def test_what_a_processor_gives_beside_pixel_values_is_given_on() -> None:
-    """SigLIP 2's says by a mask which patches are padding."""
+    """SigLIP 2's says by a mask which patches are padding; what its model does not take is left out."""
 
     def patches(picture: Image.Image) -> Any:
         mask = torch.arange(4)[None] < picture.width
-        return {"pixel_values": torch.ones(1, 4, 12), "pixel_attention_mask": mask.int()}
+        sizes = torch.tensor([picture.size])
+        return {"pixel_values": torch.ones(1, 4, 12), "pixel_attention_mask": mask.int(), "original_sizes": sizes}
 
     images = [Image.new("RGB", (side, 4)) for side in (2, 4)]
     (inputs, labels), *_ = source_of(images, Processor(patches), "image").batches()

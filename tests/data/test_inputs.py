@@ -244,6 +244,16 @@ def test_texts_that_are_cut_are_said() -> None:
     list(NamedInputs(Cut(), texts[:2]).batches())
 
 
+def test_a_real_tokenizer_says_which_texts_are_cut(golden: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(golden / "cases" / "clip_tiny")
+    whole = len(tokenizer("a cat")["input_ids"])
+    tokenizer.model_max_length = whole
+    source = NamedInputs(tokenizer, ["a cat", "cat", "a cat " * 20])
+    with pytest.warns(UserWarning, match=rf"1 of 3 texts are longer than the {whole} tokens .*: Text 2 \(from 0\)\."):
+        (batch,) = source.readable_batches()
+    assert values(batch)["input_ids"].shape == (3, whole)
+
+
 @pytest.mark.parametrize(
     ("text", "piece"),
     [
