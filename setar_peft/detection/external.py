@@ -156,6 +156,10 @@ class PytorchOOD(Score):
 
     def _negated(self, features: Tensor) -> Tensor:
         """Minus the detector's score, (n,), of features (n, d)."""
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{self.name} is computed by pytorch-ood and not by torch alone, so it cannot be exported."
+            )
         if self._fitted is None:
             raise ValueError(f"{self.name} has not been fitted yet; call fit with in-distribution inputs.")
         if not len(features):

@@ -316,6 +316,22 @@ def test_what_cannot_be_fitted_or_scored() -> None:
 
 
 @needs_pytorch_ood
+def test_it_cannot_be_exported() -> None:
+    """Instead of the scores of the example for every input."""
+
+    class Graph(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = fitted("KNN")
+
+        def forward(self, features: Tensor) -> Tensor:
+            return scored(self.score, features)
+
+    with pytest.raises(ValueError, match=r"KNN\(k=5\) is computed by pytorch-ood and not by torch alone"):
+        torch.export.export(Graph(), (clusters(4, seed=1)[0],))
+
+
+@needs_pytorch_ood
 def test_a_damaged_state_is_refused() -> None:
     detector = fitted("ViM")
     values, tensors = detector.state()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from setar_peft.backbones import ImageFeatures, Logits
 from setar_peft.detection import scores
+from setar_peft.detection.fusion import LayerFusion
 from setar_peft.detection.scores import SCORES, chosen_scores, find_score, mcm, register_score, score
 from setar_peft.detection.scoring import READABLE, Reading, Score
 
@@ -260,3 +261,20 @@ def test_families_make_scores_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scores.FAMILIES, "family", (__name__, "made"))
     assert find_score("family:this").name == "family:this"
     assert ", or 'family:...'" in message_of(find_score, "familiar:this")
+
+
+@pytest.mark.parametrize("name", [*sorted(SCORES), "layer_fusion"])
+def test_scores_can_be_exported_for_any_number_of_inputs(logits: Logits, name: str) -> None:
+    class Graph(torch.nn.Module):
+        def forward(self, pooled: Tensor, local: Tensor, layers: Tensor, negative: Tensor) -> Tensor:
+            return score(
+                LayerFusion("mcm", layers=[0, -1]) if name == "layer_fusion" else name,
+                Logits(pooled, local, 100.0, layers=layers, negative=negative),
+            )
+
+    held = (logits.pooled, logits.local, logits.layers, logits.negative)
+    rows = {0: torch.export.Dim("rows")}
+    program = torch.export.export(Graph(), held, dynamic_shapes=(rows,) * 4, strict=False)
+    for inputs in (1, 2, 6):
+        part = [value[:inputs] for value in held if value is not None]
+        torch.testing.assert_close(program.module()(*part), Graph()(*part))
