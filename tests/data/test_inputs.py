@@ -178,6 +178,7 @@ def test_whatever_changes_a_score_changes_the_digest(pictures: list[Image.Image]
         of([picture.convert("L") for picture in pictures]),
         of([turned, *pictures[1:]]),
         of([np.asarray(picture) for picture in pictures]),
+        *(of([torch.full((3, 4, 4), value).bfloat16().requires_grad_()]) for value in (0.25, 0.5)),
         of([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]),
         of(processor=image_processor(do_normalize=False)),
         of(processor=image_processor(resample=2)),
