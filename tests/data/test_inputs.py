@@ -101,11 +101,13 @@ def test_a_part_keeps_names_labels_and_contents(source: Inputs) -> None:
         assert alone.digest() == same.digest()
     of_a_part = part.select([3, 0])
     assert of_a_part.numbers == [10, 7]
+    assert source.select(torch.tensor([3, 1])).numbers == source.select(np.array([3, 1])).numbers == [3, 1]
     assert len(source.select([])) == 0
     assert list(source.select([]).readable_batches()) == []
     assert part.shard(1, 2).numbers == [2, 10]
     assert source.batch_shard(5, 6).numbers == []
-    for strange in ([11], [-1], [True], [0, 99]):
+    masks = (torch.ones(COUNT) > 0, np.ones(COUNT) > 0, [np.True_])
+    for strange in ([11], [-1], [True], [0, 99], [1.5], ["1"], *masks):
         with pytest.raises(
             ValueError, match=r"numbers holds .*; give the places of the \w+s that are wanted, from 0 to 10"
         ):
