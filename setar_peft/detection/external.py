@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from setar_peft.detection.scoring import Reading, Score
 
-# pytorch-ood's detectors of one feature vector an input, and whether they read its label.
+# pytorch-ood's detectors of one feature vector an input, and whether they read its label. Not SHE, which compares the
+# labels with predictions, and is wrong in silence where they are numbered otherwise.
 DETECTORS = {
     "DICE": False,
     "GMM": True,
@@ -28,14 +29,10 @@ DETECTORS = {
     "PNML": False,
     "RMD": True,
     "ReAct": False,
-    "SHE": True,
     "VRA": False,
     "ViM": False,
     "fDBD": False,
 }
-
-# Of those that read labels, the one that compares them with the model's predictions, and so needs them as they are.
-_READS_PREDICTIONS = "SHE"
 
 # No options: what a detector is given by this, and the function that ReAct and its kin score the clipped logits with.
 _NO_OPTIONS = {"encoder", "backbone", "head", "w", "b", "detector"}
@@ -92,8 +89,8 @@ class PytorchOOD(Score):
         """The same, fitted.
 
         Args:
-            readings: What the model says of in-distribution inputs, with labels for Mahalanobis, RMD, GMM and SHE, and
-                with `classes` for detectors that read the classifier.
+            readings: What the model says of in-distribution inputs, with labels for Mahalanobis, RMD and GMM, and with
+                `classes` for detectors that read the classifier.
             given: There are no settings.
 
         Raises:
@@ -179,12 +176,11 @@ class PytorchOOD(Score):
             unlabelled = int((labels < 0).sum())
             if unlabelled:
                 raise ValueError(
-                    f"{self.name} compares classes, and {unlabelled} of {len(labels)} inputs have no label; give "
-                    "labelled inputs to fit it on, or take a detector without classes, such as 'KNN' or 'ViM'."
+                    f"{self.name} compares classes, and {unlabelled} of {len(labels)} inputs have no label; fit it on "
+                    "labelled inputs, such as an ImageSource with class_names, or take one without classes: KNN or ViM."
                 )
-            if self.detector != _READS_PREDICTIONS:
-                # Classes without an input have no centre; the others are numbered as pytorch-ood wants them.
-                labels = torch.unique(labels, return_inverse=True)[1]
+            # Classes without an input have no centre; the others are numbered as pytorch-ood wants them.
+            labels = torch.unique(labels, return_inverse=True)[1]
         else:
             # Below 0 means OOD there.
             labels = torch.zeros_like(labels)

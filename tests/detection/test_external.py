@@ -18,13 +18,14 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from setar_peft.backbones import ClassWeights, ImageFeatures, Logits
+from setar_peft.data.images import ImageSource
 from setar_peft.detection import external
 from setar_peft.detection.detector import OODDetector
 from setar_peft.detection.external import DETECTORS, PytorchOOD
 from setar_peft.detection.metrics import ood_metrics
 from setar_peft.detection.scores import find_score, score
 from setar_peft.detection.scoring import Reading
-from tests.detection.pictures import pictures
+from tests.detection.pictures import pictures, written
 
 needs_pytorch_ood = pytest.mark.skipif(
     importlib.util.find_spec("pytorch_ood") is None,
@@ -221,7 +222,7 @@ def test_labels_are_read_where_classes_are_compared() -> None:
         if reads_labels:
             message = message_of(made.fit, unlabelled)
             assert "compares classes, and 30 of 90 inputs have no label" in message
-            assert "give labelled inputs to fit it on, or take a detector without classes, such as 'KNN'" in message
+            assert "fit it on labelled inputs, such as an ImageSource with class_names, or take one without" in message
         else:
             assert torch.equal(scored(made.fit(unlabelled), new), scored(made.fit(readings(train, labels)), new))
 
@@ -266,7 +267,7 @@ def test_names_hold_the_options() -> None:
 
 
 @needs_pytorch_ood
-@pytest.mark.parametrize("wrong", ["Knn", "MCM", "ASH", "ODIN", "Energy"])
+@pytest.mark.parametrize("wrong", ["Knn", "MCM", "ASH", "ODIN", "Energy", "SHE"])
 def test_detectors_of_other_things_are_refused(wrong: str) -> None:
     message = message_of(PytorchOOD, wrong)
     assert f"pytorch-ood's detector is {wrong!r}; write one of" in message
@@ -303,12 +304,7 @@ def test_what_cannot_be_fitted_or_scored() -> None:
     assert "is fitted on in-distribution inputs, and there are none" in message_of(PytorchOOD("KNN").fit, [])
     message = message_of(scored, fitted("KNN"), torch.ones(2, 7))
     assert "was fitted on features of 12, and these are of 7" in message
-    # A class that the classifier never predicts has no pattern.
-    train, labels = clusters(90, seed=0)
-    blind = ClassWeights(torch.zeros(CLASSES, WIDTH), torch.tensor([1.0, 0.0, 0.0]))
-    message = message_of(PytorchOOD("SHE").fit, readings(train, labels, blind))
-    assert "pytorch-ood's SHE cannot be fitted" in message
-    assert "No correct predictions for class 1" in message
+    labels = clusters(90, seed=0)[1]
     nothing = torch.zeros(90, WIDTH)
     assert "gives no finite score for what it was fitted on" in message_of(
         PytorchOOD("NCI").fit, readings(nothing, labels)
@@ -410,3 +406,26 @@ def test_a_detector_decides_by_it(load_clip: Callable[..., Any], processor: Any,
             features = detector.features(images)["features"].astype(np.float64)
             # In float32 an image's distance to itself is only nearly 0.
             np.testing.assert_allclose(found, -knn(features[::2], features[::2, 0], features), rtol=1e-3, atol=2e-3)
+
+
+@needs_pytorch_ood
+def test_a_detector_gives_it_the_labels(
+    load_clip: Callable[..., Any], processor: Any, class_names: list[str], tmp_path: Path
+) -> None:
+    """Of a source that has them; of images alone there are none, which is said."""
+    for number, name in enumerate(class_names[:3]):
+        written(tmp_path / name, 8, seed=number)
+    detector = OODDetector(load_clip(), processor, class_names, PytorchOOD("Mahalanobis"), batch_size=7)
+    with pytest.warns(UserWarning, match="12 ID inputs are few"):
+        detector.fit(ImageSource(processor, tmp_path, class_names=class_names[:3]))
+    features = detector.features(tmp_path)["features"].astype(np.float64)
+    centres = [features[start : start + 8 : 2].mean(0) for start in (0, 8, 16)]
+    residual = np.concatenate(
+        [features[start : start + 8 : 2] - c for start, c in zip((0, 8, 16), centres, strict=True)]
+    )
+    precision = np.linalg.inv(residual.T @ residual + 1e-6 * np.eye(features.shape[1]))
+    difference = features[:, None] - np.stack(centres)[None]
+    distance = np.einsum("ncd,de,nce->nc", difference, precision, difference).min(1) / 2
+    np.testing.assert_allclose(detector.scores(tmp_path)["score"], -distance, rtol=0.05)
+    with pytest.raises(ValueError, match="compares classes, and 12 of 12 inputs have no label"):
+        detector.fit(pictures(24))
