@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
@@ -231,7 +232,11 @@ class PytorchOOD(Score):
                 f"pytorch-ood's {self.detector} needs the option {', '.join(missing)}: "
                 f"PytorchOOD({self.detector!r}, {missing[0]}=...)."
             )
-        strange = [one for one, value in self.options.items() if not isinstance(value, (bool, int, float, str))]
+        strange = [
+            one
+            for one, value in self.options.items()
+            if not isinstance(value, (bool, int, float, str)) or (isinstance(value, float) and not math.isfinite(value))
+        ]
         if strange:
             raise ValueError(
                 f"The option {strange[0]} of pytorch-ood's {self.detector} is {self.options[strange[0]]!r}; give a "

@@ -289,6 +289,7 @@ def test_wrong_options() -> None:
     assert "Mahalanobis takes no option k; it has none" in message_of(PytorchOOD, "Mahalanobis", k=3)
     assert "pytorch-ood's ViM needs the option d: PytorchOOD('ViM', d=...)" in message_of(PytorchOOD, "ViM")
     assert "The option k of pytorch-ood's KNN is [5]; give a number" in message_of(PytorchOOD, "KNN", k=[5])
+    assert "The option reg of pytorch-ood's GMM is inf" in message_of(PytorchOOD, "GMM", reg=float("inf"))
     message = message_of(fitted, "KNN", k=91)
     assert "pytorch-ood's KNN cannot be fitted on features (90, 12) of 1 classes (ValueError: k=91 exceeds" in message
     assert "cannot be fitted on features (90, 12)" in message_of(fitted, "ReAct", percentile=90)
