@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones.features import ClassWeights, ImageFeatures, Logits
+from setar_peft.backbones.grid import PatchGrid, grid_of, pair
+from setar_peft.backbones.inputs import named_inputs
 
 
 @dataclass
@@ -263,6 +265,23 @@ class Backbone(ABC):
     def check(self, inputs: Mapping[str, Tensor]) -> None:  # noqa: B027 - a family may take anything
         """Raise a `ValueError` if the model cannot take these inputs."""
 
+    def patch_grid(self, inputs: Tensor | Mapping[str, Tensor]) -> PatchGrid:
+        """How the patches lie that the local features and logits of these inputs are of.
+
+        Args:
+            inputs: As for `image_features`. Where images of a batch may have several grids, give one image.
+
+        Raises:
+            ValueError: If the model cannot take them, or they have several grids.
+        """
+        named = named_inputs(inputs)
+        self.check(named)
+        return self._grid(named)
+
+    def _grid(self, inputs: Mapping[str, Tensor]) -> PatchGrid:
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        return grid_of(inputs, pair(config.patch_size))
+
     def image_features(self, inputs: Tensor | Mapping[str, Tensor], *, layers: bool = False) -> ImageFeatures:
         """Features of images or texts, in the model's dtype and as they come out of the tower.
 
@@ -370,29 +389,3 @@ class Backbone(ABC):
             for part in tower.parts(level)
             if (name := f"{part}.{self.weight_names[weight_type]}") in known_names
         ]
-
-
-def named_inputs(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A model's inputs by name; a tensor alone is pixel values."""
-    return {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
-
-
-def check_images(
-    inputs: Mapping[str, Tensor], channels: int, size: int | Sequence[int], *, any_size: bool = False
-) -> None:
-    """Raise a `ValueError` unless the pixel values have the shape that a model takes.
-
-    Args:
-        inputs: The model's inputs by name.
-        channels: Channels that the model takes.
-        size: Height and width that the model takes, or one number for both.
-        any_size: Whether it takes other sizes, too.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    wanted: tuple[Any, ...] = (channels, "height", "width") if any_size else (channels, height, width)
-    shape = tuple(inputs["pixel_values"].shape) if "pixel_values" in inputs else None
-    if shape is None or len(shape) != 4 or (shape[1:2] if any_size else shape[1:]) != wanted[: 1 if any_size else 3]:
-        raise ValueError(
-            f"The images have shape {shape}; this model takes (images, {', '.join(map(str, wanted))}). Give the "
-            "processor that belongs to the model, or tensors it made."
-        )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from setar_peft.backbones.attention import attended_by_first
 from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.classifier import ClassifierBackbone
+from setar_peft.backbones.grid import PatchGrid
 
 
 class BertTower(Tower):
@@ -90,3 +91,7 @@ class BertBackbone(ClassifierBackbone):
                 f"The texts {given}; this model takes input_ids of shape (texts, at most {self.longest_text} tokens). "
                 "Give texts and the model's tokenizer, or what it returns."
             )
+
+    def _grid(self, inputs: Mapping[str, Tensor]) -> PatchGrid:
+        # The first token stands for the whole text.
+        return PatchGrid(1, inputs["input_ids"].shape[1] - 1, 1, 1)

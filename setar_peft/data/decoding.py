@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from setar_peft.data.files import is_encoded, opened
 
 _ORIENTATION = 0x0112
 _DEEPEST = 255
+_START = 16  # bytes of a file that tell what it may be
 _DEEPEST_OF_16_BITS = 65535
 _Output = TypeVar("_Output")
 
@@ -22,12 +23,13 @@ _Output = TypeVar("_Output")
 def decoded(image: Any, channels: int) -> Image.Image:
     """An image as the model's processor takes it: upright by its EXIF orientation, 8 bits a channel.
 
-    16 bits become 8 by division by 257, floats are taken to lie in 0 ... 1, transparency is dropped, as stock
-    processors drop it.
+    16 bits become 8 by division by 257 (white is 65535, also where fewer bits are used), floats are taken to lie in
+    0 ... 1, transparency is dropped, as stock processors drop it.
 
     Args:
-        image: A path, a mapping with "bytes" or "path" (an undecoded image of `datasets`), a PIL image, or an array:
-            (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels.
+        image: A path, a URL, encoded bytes, a mapping with "bytes" or "path" (an undecoded image of `datasets`), a PIL
+            image, or an array: (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4
+            channels. Of an animated image the first frame counts, of a picture with pages the first.
         channels: 3 for RGB, 1 for grey.
 
     Raises:
@@ -36,23 +38,12 @@ def decoded(image: Any, channels: int) -> Image.Image:
     """
     if image is None:
         raise ValueError("there is no image")
-    if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
-        image = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
-    if isinstance(image, (str, Path, io.BytesIO)):
-        with Image.open(image) as file:
-            return _of_picture(file, channels)
+    if is_encoded(image):
+        with opened(image) as file:
+            return _of_file(file, channels)
     if not isinstance(image, Image.Image):
-        image = _of_array(np.asarray(image))
+        image = _of_array(_as_array(image))
     return _of_picture(image, channels)
-
-
-def name_of(image: Any) -> str | None:
-    """The path of an image, where it has one."""
-    if isinstance(image, Mapping):
-        image = image.get("path")
-    if isinstance(image, Image.Image):
-        image = getattr(image, "filename", None)
-    return str(image) if isinstance(image, (str, Path)) and str(image) else None
 
 
 def processor_channels(image_processor: Any) -> int:
@@ -108,7 +99,20 @@ def _threads() -> int:
     return min(8, available)
 
 
+def _of_file(file: IO[bytes], channels: int) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            return _of_picture(picture, channels)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(_START)
+        what = f"it begins with {start!r}" if start else "it is empty"
+        raise ValueError(f"PIL cannot identify it as an image: {what}") from None
+
+
 def _of_picture(picture: Image.Image, channels: int) -> Image.Image:
+    if not all(picture.size):
+        raise ValueError(f"it has no pixels: {picture.width} x {picture.height}")
     # Asked first: the whole of `exif_transpose` costs a copy where there is nothing to turn.
     upright = ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
     mode = upright.mode
@@ -127,7 +131,7 @@ def _is_16_bit(picture: Image.Image) -> bool:
 
 
 def _from_16_bits(values: NDArray[Any], *, certain: bool) -> NDArray[np.uint8]:
-    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high > _DEEPEST_OF_16_BITS or (0 < high <= _DEEPEST and not certain):
         raise ValueError(
             f"it holds integers of 32 bits from {low} to {high}, and their white is not known; save it with 8 or 16 "
@@ -136,8 +140,23 @@ def _from_16_bits(values: NDArray[Any], *, certain: bool) -> NDArray[np.uint8]:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
+def _as_array(image: Any) -> NDArray[Any]:
+    try:
+        array = np.asarray(image)
+    except Exception:
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(
+            f"it is of type {type(image).__name__}, which is no image; give a path, a URL, encoded bytes, a PIL image "
+            "or an array"
+        )
+    return array
+
+
 def _of_array(array: NDArray[Any]) -> Image.Image:
     places = [axis for axis in (2, 0) if array.ndim == 3 and array.shape[axis] in (1, 3, 4)]
+    if not array.size:
+        raise ValueError(f"it is an array of shape {array.shape}, which holds no pixels")
     if array.ndim != 2 and len(places) != 1:
         raise ValueError(
             f"it is an array of shape {array.shape}; give (height, width), or with 1, 3 or 4 channels first or last"
@@ -148,16 +167,17 @@ def _of_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype == bool:
         array = array * np.float32(1)
     if array.dtype.kind == "f":
-        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+        low, high = (float(array.min()), float(array.max()))
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"it holds floating-point values from {low:g} to {high:g}; bring them into 0 ... 1, or give 8 bits"
+                f"it holds floating-point values from {low:g} to {high:g}; bring them into 0 ... 1, or give 8 bits, "
+                "or all pixel values that a processor has made in one tensor"
             )
         array = (array.astype(np.float64) * _DEEPEST).round().astype(np.uint8)
     elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
         array = _from_16_bits(array, certain=True)
     elif array.dtype.kind in "iu" and array.dtype != np.uint8:
-        if array.size and not (array.min() >= 0 and array.max() <= _DEEPEST):
+        if not (array.min() >= 0 and array.max() <= _DEEPEST):
             raise ValueError(f"it is an array of {array.dtype} beyond 0 ... 255; give uint8 or uint16")
         array = array.astype(np.uint8)
     if array.dtype != np.uint8:

@@ -14,6 +14,7 @@ default temperature, and `score`, which knows the scale, has the paper's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -22,8 +23,6 @@ from torch import Tensor
 from setar_peft.detection.scoring import Score
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from setar_peft.backbones import Logits
 
 Pooling = Literal["patch", "class"]

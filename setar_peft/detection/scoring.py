@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -57,8 +57,6 @@ class Score:
         ValueError: If the function reads nothing, or is meant for cosines and has no setting `temperature`.
     """
 
-    needs_fit: ClassVar[bool] = False
-
     def __init__(self, function: Callable[..., Tensor], *, of_cosines: bool = False, name: str | None = None) -> None:
         if not callable(function):
             raise ValueError(f"The score {function!r} is no function; give a name or a function of logits.")
@@ -80,6 +78,11 @@ class Score:
     def needs_local(self) -> bool:
         """Whether local logits are read, so that the model has to give them."""
         return "local_logits" in self.reads
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether `fit` has to find something out first; not any more once it has."""
+        return False
 
     @property
     def needs_layers(self) -> bool:
