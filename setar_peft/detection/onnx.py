@@ -28,6 +28,9 @@ from setar_peft.versions import versions
 
 OnnxDtype = Literal["float32", "float16"]
 
+# torch 2.6 cannot follow Swin, SigLIP and BERT.
+OLDEST_TORCH = (2, 8)
+
 # How far scores and logits may be from the model's, as a share of the largest of them where that is above 1.
 TOLERANCE: dict[str, float] = {"float32": 1e-4, "float16": 1e-2}
 
@@ -139,10 +142,16 @@ def export_onnx(
 
 
 def check_packages() -> None:
-    """Raise a `ValueError` where a package is missing, before anything long has run."""
+    """Raise a `ValueError` where a package is missing or too old, before anything long has run."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install setar-peft[onnx]")
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        raise ValueError(
+            f"ONNX needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, whose export follows every model here; this "
+            f"is {torch.__version__}. Update torch, or export with a newer one elsewhere."
+        )
 
 
 def _batches(graph: DetectorGraph) -> Iterator[dict[str, Tensor]]:
@@ -167,9 +176,15 @@ def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[Outputs]:
     """What onnxruntime makes of the batches."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feeds = ({name: value.numpy() for name, value in batch.items()} for batch in batches)
-    return [Outputs(*map(torch.from_numpy, session.run(Outputs._fields, feed))) for feed in feeds]
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return [Outputs(*map(torch.from_numpy, session.run(Outputs._fields, feed))) for feed in feeds]
+    except Exception as error:  # of a dozen classes of its own
+        raise ValueError(
+            f"onnxruntime {onnxruntime.__version__} does not run the graph, so that nothing was written: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _compared(

@@ -132,8 +132,7 @@ class DetectorGraph(nn.Module):
         """
         # Sizes of 0 and 1 would be constants to torch.
         values = [value[torch.arange(2) % len(value)] for value in self.example.values()]
-        # torch 2.6 compares a size without a bound with the largest integer, and refuses the comparison.
-        axes: dict[int, Any] = {0: torch.export.Dim("batch", max=2**31 - 1)}
+        axes: dict[int, Any] = {0: torch.export.Dim("batch")}
         if self.reads_text:
             values = [value[:, torch.arange(max(4, value.shape[1])) % value.shape[1]] for value in values]
             axes[1] = torch.export.Dim("length", min=3, max=self.backbone.longest_text)  # type: ignore[attr-defined]

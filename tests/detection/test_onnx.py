@@ -19,6 +19,9 @@ pytest.importorskip("onnxscript", reason="needs the extra onnx")
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+    pytest.skip("torch exports every model from 2.8 on", allow_module_level=True)
+
 from setar_peft import SeTARConfig
 from setar_peft.backbones import ClassWeights, Logits, backbone_of
 from setar_peft.detection import onnx as exporting
@@ -329,4 +332,8 @@ def test_a_model_in_bfloat16_is_exported_with_a_warning_about_its_threshold(tmp_
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("onnx") else name)
     with pytest.raises(ValueError, match=r"needs onnx, onnxscript, onnxruntime, .* pip install setar-peft\[onnx\]"):
+        export(make_model("vit"), tmp_path / "model.onnx")
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cpu")
+    with pytest.raises(ValueError, match=r"needs torch 2\.8 or later.* this is 2\.7\.1"):
         export(make_model("vit"), tmp_path / "model.onnx")
