@@ -154,7 +154,8 @@ class DetectorGraph(nn.Module):
             name = type(self.model).__name__
             raise ValueError(
                 f"torch {torch.__version__} cannot follow {name} with the score {self.score.name}, so that nothing was "
-                f"written: {_root_of(error)}."
+                f"written: {_root_of(error)}. (A score's function reads sizes off tensor.shape: to torch.export what "
+                "len() or .item() gives is a constant.)"
             ) from error
         for part in exported.model.graph.all_nodes():
             part.metadata_props.clear()  # stack traces, with the paths of this machine

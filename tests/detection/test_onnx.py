@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 import torch
 import transformers
 from peft import get_peft_model
+from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import ViTImageProcessorPil
 
 pytest.importorskip("onnxscript", reason="needs the extra onnx")
 onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
@@ -26,11 +30,16 @@ from setar_peft import SeTARConfig
 from setar_peft.backbones import ClassWeights, Logits, backbone_of
 from setar_peft.detection import onnx as exporting
 from setar_peft.detection import onnx_graph
-from setar_peft.detection.onnx import OnnxCheck, export_onnx
+from setar_peft.detection.detector import OODDetector
+from setar_peft.detection.fusion import LayerFusion
+from setar_peft.detection.onnx import OnnxCheck, export_detector, export_onnx, made_up_pictures
 from setar_peft.detection.scores import SCORES, find_score
 from setar_peft.detection.scoring import Score
 from setar_peft.objectives.base import evaluation_mode
 from tests.backbones import checks
+from tests.detection.pictures import pictures, written
+
+DOCS = Path(__file__).parents[2] / "docs" / "onnx.md"
 
 WIDTHS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGES: dict[str, Any] = {**WIDTHS, "image_size": 16, "patch_size": 8}
@@ -144,6 +153,7 @@ def test_every_score_and_ones_own_can_be_exported(tmp_path: Path) -> None:
     ) -> Tensor:
         logits = Logits(global_logits, local_logits, classes.scale, None, layer_logits, negative_logits)
         values = [score(logits, None, **score.settings(float(classes.scale), {})) for score in readers]
+        values += [LayerFusion("mcm", [0, -1])(logits, None, temperature=20.0)]
         values += [layer_logits.mean(1).amax(-1), features.norm(dim=-1)]
         return torch.stack([value * 0.7**place for place, value in enumerate(values)]).sum(0)
 
@@ -327,6 +337,101 @@ def test_a_model_in_bfloat16_is_exported_with_a_warning_about_its_threshold(tmp_
         check = export(model, tmp_path / "model.onnx")
     assert check.score_difference < 1e-5
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def example_of_the_docs(folder: Path) -> dict[str, Any]:
+    """The names that the docs' example defines, run for a folder and on a picture in it."""
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for given, stand_in in (("street-onnx", folder), ("street.jpg", folder / "street.jpg")):
+        assert f'"{given}"' in block
+        block = block.replace(f'"{given}"', f"r{str(stand_in)!r}")
+    exec(compile(block, str(DOCS), "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("kind", ["resized and cropped", "resized"])
+def test_the_example_of_the_docs_decides_as_the_detector(kind: str, detector: OODDetector, tmp_path: Path) -> None:
+    if kind == "resized":
+        processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+        detector = OODDetector(make_model("vit"), processor, ["ape", "bee", "cat", "dog"])
+    found = made_up_pictures(20)
+    found = [picture.resize((90 + 7 * number, 60 + 11 * number)) for number, picture in enumerate(found)]
+    detector.fit([*pictures(20), *found], tpr=0.5)
+    folder = tmp_path / "onnx"
+    check = export_detector(detector, folder)
+    assert check.files == (folder / "model.onnx",)
+    assert sorted(path.name for path in folder.iterdir()) == ["detector.json", "model.onnx"]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    found[0].save(folder / "street.jpg", exif=exif)
+    paths = [folder / "street.jpg", *written(tmp_path / "pictures", 6)]
+    for number, picture in enumerate(found):
+        paths.append(tmp_path / f"{number}.png")
+        picture.save(paths[-1])
+    names, records = example_of_the_docs(folder), detector(paths)
+    for path, record in zip(paths, records, strict=True):
+        score, is_id, label, _ = names["session"].run(None, {"pixel_values": names["pixel_values"](path)})
+        assert score[0] == pytest.approx(record.score, abs=1e-5)
+        assert bool(is_id[0]) == record.is_id or abs(record.score - record.threshold) < 1e-5
+        assert names["detector"]["class_names"][label[0]] == record.label
+    assert {record.is_id for record in records} == {True, False}
+
+
+def test_detector_json_says_what_the_graph_says_and_what_the_threshold_rests_on(
+    detector: OODDetector, tmp_path: Path
+) -> None:
+    export_detector(detector.fit(pictures(40), tpr=0.5), tmp_path / "onnx", dtype="float16")
+    document = json.loads((tmp_path / "onnx" / "detector.json").read_text(encoding="utf-8"))
+    carried = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx").get_modelmeta().custom_metadata_map
+    assert {
+        name: value if isinstance(document[name], str) else json.loads(value) for name, value in carried.items()
+    } == document
+    assert document["kind"] == "image"
+    assert document["class_names"] == detector.class_names
+    assert document["prompt"] == detector.prompt
+    assert document["score"] == "gl_mcm"
+    assert document["settings"] == detector.settings
+    assert document["threshold"] == detector.threshold.value
+    assert document["threshold_found"]["n"] == 40
+    assert document["threshold_found"]["interval"] == list(detector.threshold.interval)
+    assert document["preprocessing"]["image_mean"] == pytest.approx(detector.processor.image_processor.image_mean)
+    assert document["dtype"] == "float16"
+
+
+def test_a_text_detector_comes_with_its_tokenizer(text_model: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = text_model
+    texts = [f"the cat {number} sat on {number % 7}" for number in range(20)]
+    detector = OODDetector(model, tokenizer, score="msp").fit(texts, tpr=0.5)
+    export_detector(detector, tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    tokens = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for record, text in zip(detector(texts), texts, strict=True):
+        encoded = tokens.encode(text)
+        values = {
+            "input_ids": encoded.ids,
+            "attention_mask": encoded.attention_mask,
+            "token_type_ids": encoded.type_ids,
+        }
+        feed = {put.name: np.array([values[put.name]], dtype=np.int64) for put in session.get_inputs()}
+        score, is_id, label, _ = session.run(None, feed)
+        assert score[0] == pytest.approx(record.score, abs=1e-5)
+        assert bool(is_id[0]) == record.is_id or abs(record.score - record.threshold) < 1e-5
+        assert detector.class_names[label[0]] == record.label
+
+
+def test_a_detector_that_cannot_decide_or_was_changed_is_not_exported(detector: OODDetector, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no threshold, so that its graph could not decide; call fit"):
+        export_detector(detector, tmp_path / "onnx")
+    detector.at(threshold=0.3)
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds files; give a new folder"):
+        export_detector(detector, tmp_path)
+    with torch.no_grad():
+        detector.model.visual_projection.weight.mul_(2)
+    with pytest.raises(ValueError, match=r"The model has been changed"):
+        export_detector(detector, tmp_path / "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
