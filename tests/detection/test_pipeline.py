@@ -173,7 +173,7 @@ def test_what_is_no_detector_or_is_not_the_detectors_is_refused(
         make(folder_of(tmp_path), tokenizer=folder_of(tmp_path))
     with pytest.raises(ValueError, match=r"clip_tiny has no detector\.json, so that it is no saved detector"):
         make(str(golden / "cases" / "clip_tiny"))
-    with pytest.raises(ValueError, match="is a detector: the folder or Hub name of one.* not a CLIPModel"):
+    with pytest.raises(ValueError, match=r"is a detector: the folder or Hub name of one.* not a CLIPModel"):
         make(detector.model)
     with pytest.raises(ValueError, match="tpr is 2"):
         make(detector)(pictures(1)[0], tpr=2)
