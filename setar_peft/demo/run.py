@@ -103,7 +103,9 @@ def run(
     result = DemoResult(before, after, found.trace, found.rank_ratios, is_exact, difference, folder)
     _write_results(result, experiment, seconds)
     label = before.score_label(FIGURE_SCORE)
-    summary_figure(found.trace, _scores(before), _scores(after), label).savefig(folder / "figure.png", dpi=150)
+    summary_figure(found.trace, {"before": _scores(before), "after": _scores(after)}, label).savefig(
+        folder / "figure.png", dpi=150
+    )
     report.print_files(console, folder)
     if not is_exact:
         gap = _largest_difference(with_adapter, reloaded)
