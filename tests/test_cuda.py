@@ -24,7 +24,7 @@ from setar_peft.backbones.activations import quick_gelu
 from setar_peft.backbones.loading import precision, torch_device
 from setar_peft.decomposition import decompose
 from setar_peft.objectives.loss import locoop_sums
-from setar_peft.search.processes import Processes, own_device
+from setar_peft.processes import Processes, own_device
 from setar_peft.search.recording import MemoryBudget
 from tests.conftest import GOLDEN
 from tests.search import test_golden

@@ -49,6 +49,11 @@ class ClassWeights(NamedTuple):
     scale: Tensor | float = 1.0
     negative: Tensor | None = None
 
+    def to(self, device: torch.device) -> ClassWeights:
+        """The same on a device."""
+        weight, bias, scale, negative = (part.to(device) if isinstance(part, Tensor) else part for part in self)
+        return ClassWeights(weight, bias, scale, negative)  # type: ignore[arg-type]
+
     def logits(self, features: Tensor) -> Tensor:
         """Logits (..., classes) of features (..., d), float32 also under `torch.autocast`."""
         with without_autocast(features.device):

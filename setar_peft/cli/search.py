@@ -25,8 +25,8 @@ from setar_peft.decomposition import PRUNE_STRATEGIES
 from setar_peft.objectives import LoCoOpObjective, PatchMetricObjective
 from setar_peft.objectives.locoop import TOP_K_SHARE
 from setar_peft.objectives.patch_metric import PatchMetric
+from setar_peft.processes import Processes, own_device
 from setar_peft.search.estimate import estimate_cost
-from setar_peft.search.processes import Processes, own_device
 from setar_peft.search.run import search_rank_ratios
 from setar_peft.search.trace import SearchTrace, trace_to_continue
 from setar_peft.tuner.config import DEFAULT_CANDIDATES, SeTARConfig

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from setar_peft.data.files import is_encoded, opened
 
 _ORIENTATION = 0x0112
 _DEEPEST = 255
+_START = 16  # bytes of a file that tell what it may be
 _DEEPEST_OF_16_BITS = 65535
 _Output = TypeVar("_Output")
 
@@ -26,8 +27,9 @@ def decoded(image: Any, channels: int) -> Image.Image:
     processors drop it.
 
     Args:
-        image: A path, a mapping with "bytes" or "path" (an undecoded image of `datasets`), a PIL image, or an array:
-            (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels.
+        image: A path, a URL, encoded bytes, a mapping with "bytes" or "path" (an undecoded image of `datasets`), a PIL
+            image, or an array: (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4
+            channels. Of an animated image the first frame counts, of a picture with pages the first.
         channels: 3 for RGB, 1 for grey.
 
     Raises:
@@ -36,23 +38,12 @@ def decoded(image: Any, channels: int) -> Image.Image:
     """
     if image is None:
         raise ValueError("there is no image")
-    if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
-        image = image["path"] if image.get("bytes") is None else io.BytesIO(image["bytes"])
-    if isinstance(image, (str, Path, io.BytesIO)):
-        with Image.open(image) as file:
-            return _of_picture(file, channels)
+    if is_encoded(image):
+        with opened(image) as file:
+            return _of_file(file, channels)
     if not isinstance(image, Image.Image):
         image = _of_array(np.asarray(image))
     return _of_picture(image, channels)
-
-
-def name_of(image: Any) -> str | None:
-    """The path of an image, where it has one."""
-    if isinstance(image, Mapping):
-        image = image.get("path")
-    if isinstance(image, Image.Image):
-        image = getattr(image, "filename", None)
-    return str(image) if isinstance(image, (str, Path)) and str(image) else None
 
 
 def processor_channels(image_processor: Any) -> int:
@@ -106,6 +97,17 @@ def ahead(
 def _threads() -> int:
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, available)
+
+
+def _of_file(file: IO[bytes], channels: int) -> Image.Image:
+    try:
+        with Image.open(file) as picture:
+            return _of_picture(picture, channels)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(_START)
+        what = f"it begins with {start!r}" if start else "it is empty"
+        raise ValueError(f"PIL cannot identify it as an image: {what}") from None
 
 
 def _of_picture(picture: Image.Image, channels: int) -> Image.Image:

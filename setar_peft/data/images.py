@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from setar_peft.data.decoding import ahead, decoded, name_of, processor_channels
+from setar_peft.data.contents import digest_of, digest_of_image, digest_of_row
+from setar_peft.data.decoding import ahead, decoded, processor_channels
+from setar_peft.data.files import name_of
 from setar_peft.data.folders import read_folder
+from setar_peft.data.inputs import InputBatch, Inputs, checked_batch_size, finite_rows
 from setar_peft.data.labels import ClassNames, check_has_classes, class_indices
 from setar_peft.data.rows import Rows, rows_of
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     import datasets
 
 
-class ImageSource:
+class ImageSource(Inputs):
     """A set of images, labelled or not, in a fixed order; decoded when they are used, in threads and a batch ahead.
 
     Args:
@@ -50,6 +52,8 @@ class ImageSource:
         ValueError: If there are no images, or labels are missing, wrong in number, outside the classes, or do not
             match them by name.
     """
+
+    kind = "image"
 
     def __init__(
         self,
@@ -95,75 +99,140 @@ class ImageSource:
         if not rows.count:
             raise ValueError("There are no images in the data set; give at least one.")
         self._image = rows.input
-        self._numbers = range(rows.count)
+        self.numbers = range(rows.count)
+        self._names: dict[int, str | None] = {}
         own = rows.labels if labels is None else labels
         self.labels, self.matched = class_indices(
             own, rows.label_names, rows.count, classes, where, beside=labels is not None
         )
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def readable_batches(self) -> Generator[InputBatch, None, None]:
+        """Pixel values (b, channels, height, width), or what else the processor gives by name, in order.
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixel values (b, channels, height, width), float32, and labels (b,) of all images, in order.
-
-        Raises:
-            ValueError: If an image cannot be read, with its path or number.
+        Images are read in threads, a batch ahead. One that cannot be read, that becomes values that are not finite, or
+        of another shape than most of its batch, is an error of its batch.
         """
-        parts = [slice(start, start + self.batch_size) for start in range(0, len(self), self.batch_size)]
+        parts = self._parts()
         if self._images is not None:
             for part in parts:
-                yield self._images[part], self.labels[part]
+                tensors, errors = self._of_tensors({"pixel_values": self._images}, part)
+                yield self._batch(part, tensors["pixel_values"], errors)
             return
         # Closed here, and not whenever it is collected: its threads end with this loop, however that ends.
-        numbers = [self._numbers[part] for part in parts]
-        with closing(ahead(numbers, self._fetched, self._processed)) as processed:
+        with closing(ahead(parts, self._fetched, self._processed)) as processed:
             for part, images in zip(parts, processed, strict=True):
-                yield self._stacked(images), self.labels[part]
+                yield self._stacked(part, images)
 
-    def shard(self, index: int, count: int) -> ImageSource:
-        """Every `count`-th image from number `index` on; it may be empty."""
-        part = copy.copy(self)
-        part.labels = self.labels[index::count]
-        part._numbers = self._numbers[index::count]
-        part._images = None if self._images is None else self._images[index::count]
-        return part
+    def shown(self, number: int) -> Image.Image:
+        """An image upright in RGB, 8 bits a channel; pixel values are scaled from their own range to 0 ... 255.
+
+        Raises:
+            ValueError: If it cannot be read, or has neither 1 nor 3 channels.
+        """
+        try:
+            if self._images is not None:
+                return picture_of(self._images[self._row(number)])
+            return decoded(self._image(self._row(number)), 3)
+        except Exception as error:
+            raise ValueError(self._unreadable(number, error)) from error
+
+    def _name(self, row: int) -> str | None:
+        if self._images is not None:
+            return None
+        if row not in self._names:
+            try:
+                self._names[row] = name_of(self._image(row))
+            except Exception:
+                return None
+        return self._names[row]
+
+    def _content(self, number: int) -> bytes:
+        row = self._row(number)
+        if self._images is not None:
+            return digest_of_row({"pixel_values": self._images}, row)
+        try:
+            return digest_of_image(self._image(row))
+        except Exception:
+            return digest_of("unreadable")
+
+    def _preprocessing(self) -> Any:
+        if self._images is not None:
+            return "pixel values"
+        settings = getattr(self._image_processor, "to_dict", lambda: vars(self._image_processor))()
+        return [type(self._image_processor).__qualname__, settings, self._channels, self._settings]
 
     def _fetched(self, number: int) -> Any:
-        image = None
+        row = self._row(number)
+        self._names.setdefault(row, None)
         try:
-            image = self._image(number)
+            image = self._image(row)
+            self._names[row] = name_of(image)
             if isinstance(image, Image.Image):
                 # Two threads cannot read one picture that is opened and not yet read, and it may be there twice.
                 image.load()
         except Exception as error:
-            raise self._unreadable(number, name_of(image), error) from error
+            return _Unread(self._unreadable(number, error))
         return image
 
-    def _processed(self, number: int, image: Any) -> Tensor:
+    def _processed(self, number: int, image: Any) -> dict[str, Tensor] | _Unread:
+        if isinstance(image, _Unread):
+            return image
         try:
             picture = decoded(image, self._channels)
             processed = self._image_processor(picture, return_tensors="pt", **self._settings)
-            return torch.as_tensor(processed["pixel_values"])
+            values = {name: torch.as_tensor(value) for name, value in processed.items()}
+            if any(len(value) != 1 for value in values.values()):
+                shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
+                raise ValueError(f"the image processor gives {shapes} for it, which is not one image")
+            if not finite_rows(values)[0]:
+                raise ValueError("the image processor gives values for it that are not finite")
         except Exception as error:
-            raise self._unreadable(number, name_of(image), error) from error
+            return _Unread(self._unreadable(number, error))
+        return values
 
-    def _stacked(self, images: Sequence[Tensor]) -> Tensor:
-        shapes = {tuple(image.shape[1:]) for image in images}
-        if len(shapes) > 1:
-            raise ValueError(
-                f"The image processor gives images of different shapes, {' and '.join(map(str, sorted(shapes)))}; set "
-                "its do_resize or do_center_crop, so that they fit in one batch."
+    def _stacked(self, part: range, images: Sequence[dict[str, Tensor] | _Unread]) -> InputBatch:
+        errors = {
+            number: image.sentence for number, image in zip(part, images, strict=True) if isinstance(image, _Unread)
+        }
+        read = {number: image for number, image in zip(part, images, strict=True) if not isinstance(image, _Unread)}
+        shapes = {number: _shapes(image) for number, image in read.items()}
+        # Those that come first have it if there are as many of another.
+        usual = max(shapes.values(), key=list(shapes.values()).count, default=None)
+        for number in [number for number, shape in shapes.items() if shape != usual]:
+            both = " and ".join(", ".join(map(str, shape)) for shape in sorted({shapes[number], usual or ()}))
+            error = ValueError(
+                f"the image processor gives images of different shapes, {both}; set its do_resize or do_center_crop, "
+                "so that they fit in one batch"
             )
-        return torch.cat(list(images))
+            errors[number] = self._unreadable(number, error)
+            del read[number]
+        if not read:
+            return self._batch(part, None, errors)
+        names = next(iter(read.values()))
+        inputs = {name: torch.cat([image[name] for image in read.values()]) for name in names}
+        return self._batch(part, inputs["pixel_values"] if list(inputs) == ["pixel_values"] else inputs, errors)
 
-    def _unreadable(self, number: int, name: str | None, error: Exception) -> ValueError:
-        read = self._numbers.index(number)
-        which = f"Image {number} (from 0)" if name is None else name
-        return ValueError(
-            f"{which} cannot be read: {str(error) or type(error).__name__}. {read} of {len(self)} images come before "
-            "it. Replace it, or take it away."
-        )
+
+class _Unread(NamedTuple):
+    sentence: str
+
+
+def _shapes(image: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(value.shape[1:]) for value in image.values())
+
+
+def picture_of(pixel_values: Tensor) -> Image.Image:
+    """Pixel values (1 or 3 channels, height, width) as a picture in RGB, scaled from their own range to 0 ... 255.
+
+    Raises:
+        ValueError: If they have another shape.
+    """
+    if pixel_values.dim() != 3 or len(pixel_values) not in (1, 3):
+        raise ValueError(f"pixel values of shape {tuple(pixel_values.shape)} are no picture")
+    values = pixel_values.detach().float().cpu().nan_to_num()
+    low, high = values.aminmax()
+    scaled = ((values - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
+    return Image.fromarray(scaled.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def image_processor_of(processor: Any) -> Any:
@@ -185,14 +254,3 @@ def processes_images(processor: Any) -> bool:
     """Whether it is an image processor, or has one."""
     image_processor = getattr(processor, "image_processor", processor)
     return callable(image_processor) and hasattr(image_processor, "preprocess")
-
-
-def checked_batch_size(batch_size: int) -> int:
-    """A batch size as it is.
-
-    Raises:
-        ValueError: If it is no integer of 1 or more.
-    """
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; give an integer of 1 or more.")
-    return batch_size

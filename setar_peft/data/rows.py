@@ -56,11 +56,13 @@ def rows_of(
         ValueError: If it is something else, or has no column of this name.
     """
     check_is_one_set(data)
-    if _is_of_datasets(data, "Dataset", "IterableDataset"):
+    if isinstance(data, Rows):
+        return data
+    if is_of_datasets(data, "Dataset", "IterableDataset"):
         return _of_datasets(data, kind, input_column, label_column, labelled)
     if isinstance(data, torch.utils.data.Dataset):
         return _of_torch(data, kind, input_column, label_column, labelled)
-    if isinstance(data, (Sequence, np.ndarray)) and not isinstance(data, str):
+    if isinstance(data, (Sequence, np.ndarray)) and not isinstance(data, (str, bytes, bytearray)):
         return Rows(len(data), data.__getitem__)
     raise ValueError(
         f"The {kind}s are a {type(data).__module__}.{type(data).__qualname__}; give a list of them, a datasets.Dataset "
@@ -74,7 +76,7 @@ def check_is_one_set(data: Any) -> None:
     Raises:
         ValueError: With what to give instead.
     """
-    if _is_of_datasets(data, "DatasetDict", "IterableDatasetDict"):
+    if is_of_datasets(data, "DatasetDict", "IterableDatasetDict"):
         splits = ", ".join(map(repr, data))
         raise ValueError(
             f"The data set has the splits {splits}; give one of them, such as dataset[{next(iter(data))!r}]."
@@ -83,7 +85,7 @@ def check_is_one_set(data: Any) -> None:
         raise ValueError("The data are a DataLoader; give its data set, loader.dataset: batches are made here.")
 
 
-def _is_of_datasets(data: Any, *names: str) -> bool:
+def is_of_datasets(data: Any, *names: str) -> bool:
     """Whether it is of a class of `datasets`, which is imported already if it is."""
     module = sys.modules.get("datasets")
     return module is not None and isinstance(data, tuple(getattr(module, name) for name in names))
@@ -92,35 +94,17 @@ def _is_of_datasets(data: Any, *names: str) -> bool:
 def _of_datasets(data: Any, kind: str, input_column: str | None, label_column: str | None, labelled: bool) -> Rows:
     import datasets
 
-    formatting = getattr(data, "format", None)
-    if formatting is not None and formatting["type"] == "custom":
-        raise ValueError(
-            f"The data set has a transform (set_transform), whose output is not known; give the {kind}s themselves: "
-            "dataset.with_format(None)."
-        )
-    streamed = isinstance(data, datasets.IterableDataset)
-    data = data.with_format(None)
+    data, chosen, typed = undecoded(data, kind, input_column, label_column, labelled)
     features = data.features or {}
-    first = None if features or not streamed else next(iter(data), None)
-    columns = list(features or first or {})
-    typed = {
-        wanted: [name for name, feature in features.items() if isinstance(feature, type_)]
-        for wanted, type_ in (("image", datasets.Image), ("label", datasets.ClassLabel))
-    }
-    given = {kind: input_column, **({"label": label_column} if labelled else {})}
-    chosen = _columns(columns, given, typed)
     feature = features.get(chosen[kind])
-    # Undecoded, so that an error can name the file, and threads decode.
-    if isinstance(feature, datasets.Image):
-        data = data.cast_column(chosen[kind], datasets.Image(decode=False))
-    if streamed:
+    if isinstance(data, datasets.IterableDataset):
         kept = [{name: row[name] for name in chosen.values()} for row in data]
         labels = [row[chosen["label"]] for row in kept] if labelled else None
-        rows = Rows(len(kept), lambda number: _local(kept[number][chosen[kind]], feature), labels)
+        rows = Rows(len(kept), lambda number: local_image(kept[number][chosen[kind]], feature), labels)
     else:
         inputs = data.select_columns([chosen[kind]])
         labels = list(data[chosen["label"]]) if labelled else None
-        rows = Rows(len(inputs), lambda number: _local(inputs[number][chosen[kind]], feature), labels)
+        rows = Rows(len(inputs), lambda number: local_image(inputs[number][chosen[kind]], feature), labels)
     # Also where other labels are given: theirs may be numbered otherwise.
     own = chosen.get("label") or label_column or (typed["label"][0] if len(typed["label"]) == 1 else None)
     named = features.get(own)
@@ -129,7 +113,35 @@ def _of_datasets(data: Any, kind: str, input_column: str | None, label_column: s
     return rows
 
 
-def _local(value: Any, feature: Any) -> Any:
+def undecoded(
+    data: Any, kind: str, input_column: str | None, label_column: str | None, labelled: bool
+) -> tuple[Any, dict[str, str], dict[str, list[str]]]:
+    """A data set of `datasets` with its images undecoded, the columns that are asked for, and those of each type."""
+    import datasets
+
+    formatting = getattr(data, "format", None)
+    if formatting is not None and formatting["type"] == "custom":
+        raise ValueError(
+            f"The data set has a transform (set_transform), whose output is not known; give the {kind}s themselves: "
+            "dataset.with_format(None)."
+        )
+    data = data.with_format(None)
+    features = data.features or {}
+    streamed = isinstance(data, datasets.IterableDataset)
+    first = None if features or not streamed else next(iter(data), None)
+    typed = {
+        wanted: [name for name, feature in features.items() if isinstance(feature, type_)]
+        for wanted, type_ in (("image", datasets.Image), ("label", datasets.ClassLabel))
+    }
+    given = {kind: input_column, **({"label": label_column} if labelled else {})}
+    chosen = usual_columns(list(features or first or {}), given, typed)
+    # So that an error can name the file, and threads decode.
+    if isinstance(features.get(chosen[kind]), datasets.Image):
+        data = data.cast_column(chosen[kind], datasets.Image(decode=False))
+    return data, chosen, typed
+
+
+def local_image(value: Any, feature: Any) -> Any:
     """An undecoded image that can be read here: one that lies elsewhere is fetched by `datasets`."""
     if isinstance(value, dict) and value.get("bytes") is None and not Path(str(value.get("path"))).exists():
         path = str(value.get("path"))
@@ -144,7 +156,7 @@ def _of_torch(data: Any, kind: str, input_column: str | None, label_column: str 
     first = items[0]
     if isinstance(first, Mapping):
         given = {kind: input_column, **({"label": label_column} if labelled else {})}
-        chosen: dict[str, Any] = _columns(list(first), given, {})
+        chosen: dict[str, Any] = usual_columns(list(first), given, {})
     elif input_column is not None or label_column is not None:
         raise ValueError(f"The data set's items are {type(first).__name__}s, which have no columns by name.")
     elif isinstance(first, (tuple, list)):
@@ -195,8 +207,11 @@ def _torch_names(data: Any, labelled: bool) -> list[str] | None:
     return list(names)
 
 
-def _columns(
-    columns: Sequence[str], given: Mapping[str, str | None], typed: Mapping[str, Sequence[str]]
+def usual_columns(
+    columns: Sequence[str],
+    given: Mapping[str, str | None],
+    typed: Mapping[str, Sequence[str]],
+    where: str = "The data set",
 ) -> dict[str, str]:
     """The column of each kind: the given one, the only one of its type, or one that is called as usual."""
     chosen: dict[str, str] = {}
@@ -213,7 +228,7 @@ def _columns(
         says = " and ".join(f"{kind}_column" for kind in given)
         holds = " and ".join(f"the {kind}s" for kind in given)
         raise ValueError(
-            f"The data set has the columns {', '.join(columns)}, but no {', '.join(missing)}; say with {says} which "
+            f"{where} has the columns {', '.join(columns)}, but no {', '.join(missing)}; say with {says} which "
             f"hold{'s' if len(given) == 1 else ''} {holds}."
         )
     return chosen

@@ -13,17 +13,16 @@ default temperature, and `score`, which knows the scale, has the paper's.
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+from setar_peft.detection.scoring import Score
 
+if TYPE_CHECKING:
     from setar_peft.backbones import Logits
 
 Pooling = Literal["patch", "class"]
@@ -203,77 +202,86 @@ def variance(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
     return _per_image(global_logits, temperature, lambda scaled: (scaled.softmax(-1) - mean).square().mean(-1))
 
 
-@dataclass(frozen=True)
-class Score:
-    """A score and what it reads.
-
-    Attributes:
-        function: Called with the logits it reads, in the order of `reads`, and its settings by name.
-        reads: Which logits those are.
-        of_cosines: Whether it is meant for cosines, so that the temperature by default is the model's logit scale.
-    """
-
-    function: Callable[..., Tensor]
-    reads: tuple[Literal["global", "local"], ...]
-    of_cosines: bool
-
-    @property
-    def needs_local(self) -> bool:
-        """Whether local logits are read, so that the model has to give them."""
-        return "local" in self.reads
-
-    def settings(self, scale: Tensor | float, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Every setting of the score by name: those given, and the paper's for the others.
-
-        Args:
-            scale: The model's logit scale, `Logits.scale`.
-            given: `temperature`, and what else the function takes.
-
-        Raises:
-            ValueError: If the score has no such setting.
-        """
-        parameters = list(inspect.signature(self.function).parameters.values())[len(self.reads) :]
-        settings = {parameter.name: parameter.default for parameter in parameters}
-        unknown = sorted(set(given) - set(settings))
-        if unknown:
-            raise ValueError(
-                f"{self.function.__name__} has no setting {', '.join(map(repr, unknown))}; it has "
-                f"{', '.join(map(repr, settings))}."
-            )
-        if self.of_cosines:
-            settings["temperature"] = scale
-        return {**settings, **given}
-
-
 SCORES: dict[str, Score] = {
-    "mcm": Score(mcm, ("global",), of_cosines=True),
-    "local_mcm": Score(local_mcm, ("local",), of_cosines=True),
-    "gl_mcm": Score(gl_mcm, ("global", "local"), of_cosines=True),
-    "msp": Score(msp, ("global",), of_cosines=False),
-    "max_logit": Score(max_logit, ("global",), of_cosines=False),
-    "energy": Score(energy, ("global",), of_cosines=False),
-    "entropy": Score(entropy, ("global",), of_cosines=True),
-    "variance": Score(variance, ("global",), of_cosines=True),
+    known.name: known
+    for known in (
+        Score(mcm, of_cosines=True),
+        Score(local_mcm, of_cosines=True),
+        Score(gl_mcm, of_cosines=True),
+        Score(msp),
+        Score(max_logit),
+        Score(energy),
+        Score(entropy, of_cosines=True),
+        Score(variance, of_cosines=True),
+    )
 }
 
 
-def find_score(name: str) -> Score:
-    """The entry of `SCORES` under a name.
+def register_score(new: Score) -> Score:
+    """Make a score known by its name.
+
+    Raises:
+        ValueError: If another score has that name.
+    """
+    if SCORES.setdefault(new.name, new) is not new:
+        raise ValueError(f"There is a score {new.name!r} already; give yours another name: Score(function, name=...).")
+    return new
+
+
+def find_score(wanted: str | Score | Callable[..., Tensor]) -> Score:
+    """The entry of `SCORES` under a name; a score as it is; or a function as a score (see `Score`).
 
     Raises:
         ValueError: If there is no such score.
     """
-    if name not in SCORES:
-        raise ValueError(f"score is {name!r}; write one of {', '.join(map(repr, SCORES))}.")
-    return SCORES[name]
+    if isinstance(wanted, Score):
+        return wanted
+    if not isinstance(wanted, str):
+        return Score(wanted)
+    if wanted not in SCORES:
+        raise ValueError(f"score is {wanted!r}; write one of {', '.join(map(repr, SCORES))}.")
+    return SCORES[wanted]
 
 
-def score(name: str, logits: Logits, **settings: Any) -> Tensor:
-    """The score of that name, at the paper's temperature unless another is given.
+def chosen_scores(
+    scores: str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]],
+    temperature: float | None = None,
+) -> dict[str, tuple[Score, dict[str, Any]]]:
+    """Scores as users give them.
 
     Args:
-        name: A key of `SCORES`.
-        logits: From `image_logits` or `Backbone.logits`; local ones are read where `SCORES[name].needs_local`. Made by
+        scores: One score (a name out of `SCORES`, a `Score`, or a function), several in a list, or a mapping from
+            names to the settings that are not the score's own, such as `{"gl_mcm": {"local_weight": 0.5}}`.
+        temperature: Of every score whose settings do not say it; None for each score's own.
+
+    Returns:
+        Name -> the score, and the settings that were given for it.
+
+    Raises:
+        ValueError: If there is none, one is unknown, or two have one name.
+    """
+    if isinstance(scores, Mapping):
+        if not all(isinstance(settings, Mapping) for settings in scores.values()):
+            raise ValueError(f"scores is {scores!r}; give each score its settings by name, as in {{'mcm': {{}}}}.")
+        given = [(find_score(name), dict(settings)) for name, settings in scores.items()]
+    else:
+        several = scores if isinstance(scores, Sequence) and not isinstance(scores, str) else [scores]
+        given = [(find_score(one), {}) for one in several]
+    names = [found.name for found, _ in given]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not given:
+        what = f"names {', '.join(twice)} twice" if twice else "is empty"
+        raise ValueError(f"scores {what}; give each score once, such as ['mcm', 'gl_mcm'].")
+    shared = {} if temperature is None else {"temperature": temperature}
+    return {found.name: (found, {**shared, **settings}) for found, settings in given}
+
+
+def score(wanted: str | Score | Callable[..., Tensor], logits: Logits, **settings: Any) -> Tensor:
+    """A score of some inputs, at the paper's temperature unless another is given.
+
+    Args:
+        wanted: A key of `SCORES`, a `Score`, or a function.
+        logits: From `image_logits` or `Backbone.logits`; local ones are read where the score `needs_local`. Made by
             hand, `Logits(pooled, local, scale=100.0)` are 100 times cosines, and a classifier's have the scale 1.
         settings: `temperature`, > 0: by default `logits.scale` for scores of cosines (MCM and its kin, entropy,
             variance), 1 for those of the model's own logits (MSP, max-logit, energy). And what else the score's
@@ -283,18 +291,10 @@ def score(name: str, logits: Logits, **settings: Any) -> Tensor:
         (n,) float32, higher meaning more in-distribution.
 
     Raises:
-        ValueError: If the name is unknown, local logits are needed and missing, or the score refuses its
-            arguments.
+        ValueError: If the name is unknown, the score reads something that is missing, or it refuses its arguments.
     """
-    found = find_score(name)
-    read = {"global": logits.pooled, "local": logits.local}
-    if found.needs_local and logits.local is None:
-        global_only = [key for key, other in SCORES.items() if not other.needs_local]
-        raise ValueError(
-            f"score {name!r} reads local logits, which are None; give the patch logits, "
-            f"(n, patches, classes), or take a score without them: {', '.join(map(repr, global_only))}."
-        )
-    return found.function(*(read[kind] for kind in found.reads), **found.settings(logits.scale, settings))
+    found = find_score(wanted)
+    return found(logits, **found.settings(logits.scale, settings))
 
 
 def _per_image(logits: Tensor, temperature: Tensor | float, reduce: Callable[[Tensor], Tensor]) -> Tensor:

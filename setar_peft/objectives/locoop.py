@@ -17,12 +17,12 @@ from setar_peft.data.images import ImageSource, processes_images
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.texts import NamedInputs
 from setar_peft.objectives.base import Objective
+from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 from setar_peft.objectives.loss import LossValues, locoop_sums, locoop_values
 
 if TYPE_CHECKING:
     import datasets
 
-PROMPT = "a photo of a {class}"
 TOP_K_SHARE = 0.3  # of the classes: the paper's 300 of ImageNet's 1,000
 
 
@@ -71,12 +71,11 @@ class LoCoOpObjective(Objective):
         text_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
-        self._classes = ClassNames.of(class_names)
-        self.class_names = list(self._classes.names)
-        self.prompts = _prompts(prompt, self.class_names)
+        self._prompts = ClassPrompts(processor, class_names, prompt)
+        self.class_names, self.prompts, self.prompt = self._prompts.class_names, self._prompts.prompts, prompt
         self.ood_weight, self.top_k = _checked_loss(ood_weight, top_k, len(self.class_names))
         settings: dict[str, Any] = {
-            "class_names": self._classes,
+            "class_names": self._prompts.classes,
             "batch_size": batch_size,
             "label_column": label_column,
         }
@@ -86,8 +85,6 @@ class LoCoOpObjective(Objective):
             self.images = NamedInputs(processor, data, labels, text_column=text_column, **settings)
         else:
             self.images = ImageSource(processor, dataset, labels, image_column=image_column, **settings)
-        self._tokenizer = getattr(processor, "tokenizer", processor)
-        self.prompt = prompt
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,53 +105,15 @@ class LoCoOpObjective(Objective):
         Raises:
             ValueError: If the processor has no tokenizer.
         """
-        if not callable(self._tokenizer) or hasattr(self._tokenizer, "preprocess"):
-            raise ValueError(
-                f"The model classifies by prompts, and processor is a {type(self._tokenizer).__name__}, which cannot "
-                "tokenise them. Give the model's processor, or its tokenizer with images as pixel values."
-            )
-        longest = backbone.longest_prompt
-        padding: bool | str = "max_length" if backbone.pads_prompts else True
-        tokens = self._tokenizer(
-            self.prompts, padding=padding, max_length=longest, truncation=True, return_tensors="pt"
-        )
-        self._warn_of_lost_words(tokens["input_ids"], longest)
-        return {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
-
-    def _warn_of_lost_words(self, ids: Tensor, longest: int) -> None:
-        """Warn of prompts that lost words to the model's length, and of different prompts with equal tokens."""
-        if ids.shape[1] == longest:
-            whole = self._tokenizer(self.prompts, padding=False, truncation=False, verbose=False)["input_ids"]
-            cut = [prompt for prompt, row in zip(self.prompts, whole, strict=True) if len(row) > longest]
-            if cut:
-                warnings.warn(
-                    f"{len(cut)} of {len(ids)} class prompts are longer than the {longest} tokens that the model takes "
-                    f"and are cut: {_listed(cut)}.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        groups: dict[tuple[int, ...], set[str]] = {}
-        for prompt, row in zip(self.prompts, ids.tolist(), strict=True):
-            groups.setdefault(tuple(row), set()).add(prompt)
-        for equal in groups.values():
-            if len(equal) > 1:
-                warnings.warn(
-                    f"The model cannot tell the classes of these prompts apart, since their tokens are equal: "
-                    f"{_listed(sorted(equal))}.",
-                    UserWarning,
-                    stacklevel=3,
-                )
+        return self._prompts.tokens(backbone)
 
     def check_labels(self, classes: ClassNames) -> None:
         """Raise a `ValueError` if other inputs' labels mean other classes, or number them otherwise."""
-        classes.check_order_of(self._classes, "the objective")
+        self._prompts.check_labels(classes)
 
     def check_classes(self, backbone: Backbone) -> None:
         """Raise a `ValueError` if a classifier's own classes are others, or in another order."""
-        if not backbone.needs_prompts:
-            own = ClassNames.of_model(getattr(backbone.model.config, "id2label", None))
-            if own is not None:
-                self._classes.check_order_of(own, "the model")
+        self._prompts.check_classes(backbone)
 
     def check_base(self, losses: LossValues) -> None:
         """Warn if the base model classifies no better than by chance, up to two standard deviations of noise."""
@@ -204,25 +163,10 @@ class LoCoOpObjective(Objective):
         return locoop_values(sums, self.ood_weight)
 
 
-def _listed(texts: Sequence[str], most: int = 10) -> str:
-    listed = ", ".join(map(repr, texts[:most]))
-    return f"{listed} and {len(texts) - most} more" if len(texts) > most else listed
-
-
 def _are_texts(dataset: Any, processor: Any) -> bool:
     """Whether strings are meant as texts: where there is something that reads images, they are paths."""
     first = dataset[0] if isinstance(dataset, (list, tuple)) and dataset else None
     return isinstance(first, str) and not processes_images(processor)
-
-
-def _prompts(prompt: str | Sequence[str], names: Sequence[str]) -> list[str]:
-    if isinstance(prompt, str):
-        if "{class}" not in prompt:
-            raise ValueError(f'prompt is {prompt!r}; put "{{class}}" where the class name goes, as in {PROMPT!r}.')
-        return [prompt.replace("{class}", name) for name in names]
-    if len(prompt) != len(names):
-        raise ValueError(f"prompt has {len(prompt)} texts for {len(names)} classes; give one text a class.")
-    return list(prompt)
 
 
 def _checked_loss(ood_weight: float, top_k: int | None, classes: int) -> tuple[float, int]:

@@ -17,8 +17,8 @@ from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import Residual
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
+from setar_peft.processes import OutOfMemoryElsewhere, Processes
 from setar_peft.search.plan import Costs
-from setar_peft.search.processes import OutOfMemoryElsewhere, Processes
 from setar_peft.search.recording import MemoryBudget, Recording
 from setar_peft.search.replay import SharedPrefix
 from setar_peft.search.trace import SetFingerprint

@@ -18,10 +18,10 @@ from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import KnownSplit, Residual, SplitSettings, tensor_digest
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
+from setar_peft.processes import Processes
 from setar_peft.search.evaluate import Evaluator, FullEvaluator, ReplayEvaluator, SmallerBatches, largest_batch
 from setar_peft.search.greedy import Decision, greedy_search
 from setar_peft.search.plan import SearchPlan, plan_search
-from setar_peft.search.processes import Processes
 from setar_peft.search.progress import SearchProgress
 from setar_peft.search.trace import (
     SearchTrace,

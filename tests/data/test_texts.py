@@ -73,4 +73,4 @@ def test_every_kind_of_labels_and_data_gives_the_same_inputs() -> None:
 )
 def test_wrong_texts_and_labels_get_a_sentence(data: Any, labels: Any, piece: str) -> None:
     with pytest.raises(ValueError, match=piece):
-        NamedInputs(checks.WordTokenizer(), data, labels, class_names=NAMES)
+        list(NamedInputs(checks.WordTokenizer(), data, labels, class_names=NAMES).batches())

@@ -299,11 +299,12 @@ def test_every_score_is_named_once() -> None:
         for name, function in inspect.getmembers(scores, inspect.isfunction)
         if function.__module__ == scores.__name__ and not name.startswith("_")
     }
-    assert public - {"score", "find_score"} == set(SCORES)
+    assert public - {"score", "find_score", "chosen_scores", "register_score"} == set(SCORES)
     for name, entry in SCORES.items():
         assert entry.function is getattr(scores, name)
         arguments = list(inspect.signature(entry.function).parameters)
-        assert arguments[: len(entry.reads) + 1] == [*(f"{kind}_logits" for kind in entry.reads), "temperature"]
+        assert set(arguments[: len(entry.reads)]) == entry.reads
+        assert arguments[len(entry.reads)] == "temperature"
         assert find_score(name) is entry
     assert {name for name, entry in SCORES.items() if entry.needs_local} == {"local_mcm", "gl_mcm"}
 
@@ -312,7 +313,8 @@ def test_a_score_of_cosines_has_no_temperature_of_its_own(logits) -> None:
     """So that nobody takes the softmax of a CLIP's scaled logits without having said so."""
     for name, entry in SCORES.items():
         assert entry.of_cosines == (name in {"mcm", "local_mcm", "gl_mcm", "entropy", "variance"})
-        read = [part for part, kind in zip(logits, ("global", "local"), strict=True) if kind in entry.reads]
+        names = ("global_logits", "local_logits")
+        read = [part for part, kind in zip(logits, names, strict=True) if kind in entry.reads]
         if entry.of_cosines:
             with pytest.raises(TypeError, match="temperature"):
                 entry.function(*read)
@@ -408,9 +410,9 @@ def test_unknown_score() -> None:
 def test_missing_local_logits(name: str) -> None:
     message = message_of(score, name, torch.zeros(2, 3))
     assert repr(name) in message
-    assert "local logits, which are None" in message
+    assert "reads what is not there: local_logits" in message
     assert "(n, patches, classes)" in message
-    assert all(repr(other) in message for other in GLOBAL_SCORES)
+    assert "take a score that does without" in message
 
 
 @pytest.mark.parametrize("name", SCORES)

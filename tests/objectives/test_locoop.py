@@ -248,7 +248,7 @@ def test_long_prompts_and_equal_ones_are_no_fault(short_clip: Any) -> None:
 
 def test_a_tokenizer_that_makes_different_names_equal_is_noticed(short_clip: Any) -> None:
     objective = prompts_of_words("tiger cat", "tiger dog")
-    objective._tokenizer.words = dict.fromkeys(("cat", "dog"), 7)
+    objective._prompts._tokenizer.words = dict.fromkeys(("cat", "dog"), 7)
     with pytest.warns(UserWarning, match=r"cannot tell the classes.*'tiger cat', 'tiger dog'"):
         objective.class_tokens(backbone_of(short_clip))
 

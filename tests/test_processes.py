@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, search_rank_ratios
-from setar_peft.search.processes import Processes, own_device
+from setar_peft.processes import Processes, own_device
 from tests.conftest import GOLDEN
 from tests.search.processes import in_two_processes
 
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPModel
 from setar_peft import LoCoOpObjective, search_rank_ratios
-from setar_peft.search.processes import Processes
+from setar_peft.processes import Processes
 
 golden, output, count = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), int(sys.argv[3])
 tensors = load_file(golden / "tensors_clip_tiny.safetensors")
@@ -65,7 +65,7 @@ class _State:
 @pytest.fixture
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("setar_peft.search.processes.PartialState", lambda cpu: _State())
+    monkeypatch.setattr("setar_peft.processes.PartialState", lambda cpu: _State())
 
 
 @pytest.mark.usefixtures("second_of_two")

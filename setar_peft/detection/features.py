@@ -1,0 +1,181 @@
+"""One pass of a model over inputs: features, logits and scores, of the model or of several of its adapters at once.
+
+Scores are computed some inputs at a time, so that the local logits of a set (inputs x patches x classes) never exist as
+a whole, nor those of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, Logits
+from setar_peft.data.inputs import InputBatch, Inputs
+from setar_peft.detection.adapters import AS_IT_IS, adapter_in_use, blocks_below_adapters, check_adapters
+from setar_peft.detection.scoring import Reading, Score
+from setar_peft.objectives.base import evaluation_mode
+from setar_peft.objectives.class_prompts import ClassPrompts
+from setar_peft.objectives.loss import LOCAL_LOGITS_CHUNK
+
+
+class Outputs(NamedTuple):
+    """What a model says of the inputs of a batch that could be read; on the CPU.
+
+    Attributes:
+        features: Features as the class weights take them, (n, d), float32.
+        top: Indices of the likeliest classes, the likeliest first, (n, k), int64.
+        probabilities: Softmax of the model's own logits at those, (n, k), float32.
+        scores: Name of a score -> (n,) float32; higher means more in-distribution.
+    """
+
+    features: Tensor
+    top: Tensor
+    probabilities: Tensor
+    scores: dict[str, Tensor]
+
+
+class Reader:
+    """Reads inputs with a model that is in evaluation mode; see `reading`.
+
+    Attributes:
+        backbone: Of the model.
+        classes: By name of a variant of the model, the map from its features to logits.
+    """
+
+    def __init__(
+        self, model: nn.Module, backbone: Backbone, adapters: Mapping[str, str | None], classes: Any, *, layers: bool
+    ) -> None:
+        self._model, self._adapters, self._layers = model, dict(adapters), layers
+        self.backbone = backbone
+        self._tower = backbone.towers[backbone.input_tower]
+        self._shared = blocks_below_adapters(backbone) if len(self._adapters) > 1 else 0
+        self.classes: dict[str, ClassWeights] = {}
+        for name, adapter in self._adapters.items():
+            with adapter_in_use(model, adapter):
+                weights = classes if isinstance(classes, ClassWeights) else classes.class_weights(backbone)
+            self.classes[name] = weights
+
+    def batches(self, inputs: Inputs) -> Iterator[tuple[InputBatch, dict[str, ImageFeatures]]]:
+        """Batch by batch, what could be read, and by variant of the model the features as the class weights take them.
+
+        There are no features where nothing of a batch could be read.
+        """
+        for batch in inputs.readable_batches():
+            features = {}
+            if batch.inputs is not None:
+                state = self._tower.start(self.backbone.on_device(batch.inputs), layers=self._layers)
+                state = self._tower.advance(state, self._shared)
+                for name, adapter in self._adapters.items():
+                    with adapter_in_use(self._model, adapter):
+                        features[name] = self.backbone.embedded(self._tower.end(state))
+            yield batch, features
+
+    def readings(self, name: str, features: ImageFeatures, labels: Tensor, *, local: bool) -> Iterator[Reading]:
+        """What scores read, some inputs at a time, so that local logits stay small.
+
+        Args:
+            name: Of the variant of the model.
+            features: Of a batch.
+            labels: Of the batch, (n,).
+            local: Whether local logits are wanted.
+        """
+        classes = self.classes[name]
+        step = len(features.pooled)
+        if local:
+            numel = features.local.shape[1] * len(classes.weight)
+            step = max(1, LOCAL_LOGITS_CHUNK.get(features.local.device.type, 2**24) // max(1, numel))
+        for start in range(0, len(features.pooled), step):
+            part = features.part(slice(start, start + step))
+            yield Reading(classes.logits_of(part, local=local), part, labels[start : start + step])
+
+    def settings(self, name: str, score: Score, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting of a score, as plain values, of a variant of the model."""
+        settings = score.settings(float(self.classes[name].scale), given)
+        return {key: value.item() if isinstance(value, Tensor) else value for key, value in settings.items()}
+
+    def outputs(
+        self, name: str, features: ImageFeatures, scores: Mapping[str, tuple[Score, Mapping[str, Any]]], top_k: int = 1
+    ) -> Outputs:
+        """Predictions and scores of the inputs of a batch.
+
+        Args:
+            name: Of the variant of the model.
+            features: Of the batch.
+            scores: Name -> score, and its settings in full.
+            top_k: How many of the likeliest classes are wanted.
+
+        Raises:
+            ValueError: If a score reads what is not there.
+        """
+        local = any(score.needs_local for score, _ in scores.values())
+        unlabelled = torch.full((len(features.pooled),), -1)
+        top, probabilities, values = [], [], []
+        for logits, part, _ in self.readings(name, features, unlabelled, local=local):
+            # Stable: between equal logits the first class is the prediction, as `argmax` has it.
+            order = logits.pooled.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+            top.append(order)
+            probabilities.append(logits.pooled.softmax(-1).gather(-1, order))
+            computed = [score(logits, part, **settings) for score, settings in scores.values()]
+            values.append(torch.stack(computed) if computed else logits.pooled.new_zeros(0, len(part.pooled)))
+        by_score = torch.cat(values, dim=1).cpu()
+        return Outputs(
+            features.pooled.cpu(),
+            torch.cat(top).cpu(),
+            torch.cat(probabilities).cpu(),
+            dict(zip(scores, by_score, strict=True)),
+        )
+
+
+@contextmanager
+def reading(
+    model: nn.Module,
+    classes: ClassPrompts | ClassWeights,
+    *,
+    layers: bool = False,
+    adapters: Mapping[str, str | None] | None = None,
+) -> Iterator[Reader]:
+    """A model in evaluation mode and without gradients, ready to read inputs; it is left as it was.
+
+    Args:
+        model: A stock model of a known family, or a PEFT model, whose active adapters compute.
+        classes: The classes, whose prompts are encoded once for each variant of the model; or the map from features to
+            logits that is known already, on the model's device.
+        layers: Whether the features after each block are wanted.
+        adapters: Variants of a PEFT model that read in one pass: name -> name of the adapter, or None for the base
+            without any. Blocks below the first truncated layer are run once for all.
+
+    Raises:
+        ValueError: If the model's family is not known, an adapter is unknown or merged, or the classes are not the
+            model's.
+    """
+    variants = {AS_IT_IS: AS_IT_IS} if adapters is None else adapters
+    check_adapters(model, variants.values())
+    with evaluation_mode(model) as (backbone, _):
+        yield Reader(model, backbone, variants, classes, layers=layers)
+
+
+def image_logits(
+    model: nn.Module, classes: ClassPrompts | ClassWeights | Any, inputs: Tensor | Mapping[str, Tensor]
+) -> Logits:
+    """Global and local logits of one batch, in evaluation mode and without gradients.
+
+    Args:
+        model: A stock model of a known family, or a PEFT model.
+        classes: The classes, whose prompts are encoded anew in each call, or an `Objective`, which has them; or the map
+            from features to logits.
+        inputs: Pixel values (images, channels, height, width), or the model's inputs by name, as its processor gives
+            them; on any device.
+
+    Returns:
+        Global logits (images, classes) and local logits (images, patches, classes), float32, on the model's device.
+
+    Raises:
+        ValueError: If the family of the model is not known, or the images do not fit it.
+    """
+    with evaluation_mode(model) as (backbone, _):
+        weights = classes if isinstance(classes, ClassWeights) else classes.class_weights(backbone)
+        return backbone.logits(inputs, weights)

@@ -1,0 +1,147 @@
+"""What a detector says: a record an input, a list of them, and columns for whole sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a detector says of one input.
+
+    Attributes:
+        id: Its path or URL, or its number.
+        label: The likeliest class; None for an input that could not be read or scored, as the other figures.
+        probability: Softmax of the model's own logits at that class, in [0, 1].
+        score: The score; higher means more in-distribution.
+        is_id: Whether it is taken for in-distribution: score >= threshold.
+        threshold: The threshold.
+        top: The likeliest classes with their probabilities, the likeliest first; as many as were asked for.
+        error: Why it could not be read or scored; None otherwise.
+    """
+
+    id: str
+    label: str | None
+    probability: float | None
+    score: float | None
+    is_id: bool | None
+    threshold: float
+    top: tuple[tuple[str, float], ...] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain values for JSON; `top` is a list of {"label", "probability"}."""
+        return {**vars(self), "top": [{"label": label, "probability": value} for label, value in self.top]}
+
+
+class Detections(Sequence[Detection]):
+    """Records of several inputs, in their order; `print` shows them as a table."""
+
+    def __init__(self, records: Sequence[Detection]) -> None:
+        self._records = list(records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._records[index]
+        return Detections(found) if isinstance(index, slice) else found
+
+    def __iter__(self) -> Iterator[Detection]:
+        return iter(self._records)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Detections) and self._records == other._records
+
+    __hash__ = None  # type: ignore[assignment] # equal by content
+
+    def __repr__(self) -> str:
+        return self.table(_SHOWN)
+
+    def table(self, rows: int | None = None) -> str:
+        """The records as a table in plain text, with the number of each verdict below it.
+
+        Args:
+            rows: Records shown at most; by default all.
+        """
+        cells = [["id", "verdict", "score", "label", "probability"]]
+        for record in self._records[:rows]:
+            if record.error is not None:
+                cells.append([record.id, "error", "-", record.error, "-"])
+            else:
+                verdict = "ID" if record.is_id else "OOD"
+                cells.append(
+                    [record.id, verdict, f"{record.score:.4f}", str(record.label), f"{record.probability:.2f}"]
+                )
+        widths = [max(len(line[column]) for line in cells if line[1] != "error" or column != 3) for column in range(5)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        left = len(self._records) - len(cells) + 1
+        return "\n".join([*lines, *([f"... and {left} more"] if left else []), self.summary()])
+
+    def summary(self) -> str:
+        """How many inputs got which verdict, and at which threshold, in a line."""
+        errors = sum(record.error is not None for record in self._records)
+        known = sum(record.is_id is True for record in self._records)
+        counts = f"{known} ID, {len(self._records) - errors - known} OOD" + (f", {errors} errors" if errors else "")
+        return counts + (f"; ID at a score of {self._records[0].threshold:.6g} or more" if self._records else "")
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The records as plain values for JSON."""
+        return [record.to_dict() for record in self._records]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Figures of many inputs as columns.
+
+    Attributes:
+        ids: Path, URL or number of each input.
+        values: Name of a column -> one value an input, (n, ...). An input that could not be read has NaN, -1, or "".
+        errors: Id -> why the input could not be read.
+    """
+
+    ids: list[str]
+    values: Mapping[str, NDArray[Any]]
+    errors: Mapping[str, str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        if column not in self.values:
+            raise KeyError(f"There is no column {column!r}; there are {', '.join(map(repr, self.values))}.")
+        return self.values[column]
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the columns, with the ids first and the errors last, to a Parquet file; whole or not at all.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        import datasets
+
+        columns = {name: list(value) if value.ndim > 1 else value for name, value in self.values.items()}
+        errors = [self.errors.get(name, "") for name in self.ids]
+        table = datasets.Dataset.from_dict({"id": self.ids, **columns, "error": errors})
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            table.to_parquet(str(part))
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def nan_filled(count: int, width: int | None = None) -> NDArray[np.float32]:
+    """An array of NaN, (count,) or (count, width), for inputs that could not be read."""
+    return np.full(count if width is None else (count, width), np.nan, dtype=np.float32)
