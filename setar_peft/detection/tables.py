@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from setar_peft.detection.bootstrap import Interval
@@ -125,7 +126,11 @@ def _ends(figure: str, interval: Interval | None) -> dict[str, float | None]:
 
 
 def _settings_label(score: str, settings: Mapping[str, Any]) -> str:
-    usual = SCORES[score].settings(1.0, {}) if score in SCORES else {}
+    usual: Mapping[str, Any] = {}
+    if score in SCORES:
+        # A score of the user's own may have settings without a default.
+        with suppress(ValueError):
+            usual = SCORES[score].settings(1.0, {})
     return ", ".join(
         f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
         for name, value in settings.items()
