@@ -22,7 +22,7 @@ from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import Kind, source_of
 from setar_peft.detection.adapters import AS_IT_IS
 from setar_peft.detection.detector import OODDetector
-from setar_peft.detection.figures import ID_SET, Conventions, ModelScores
+from setar_peft.detection.figures import ID_SET, Conventions, ModelScores, check_set_names
 from setar_peft.detection.metrics import Positive, ThresholdRule
 from setar_peft.detection.passes import Errors, Passes, Subject
 from setar_peft.detection.result import Evaluation
@@ -111,6 +111,7 @@ def evaluate(
             not fit the model, a score is NaN (with the images' names), labels mean other classes than the model's, or
             a score has to be fitted and there is nothing to fit it on but the test data.
     """
+    conventions = Conventions(positive, threshold, tpr, resamples, seed)
     _check(ood_data, errors)
     named = model if isinstance(model, Mapping) else {"model": model}
     if not named:
@@ -118,7 +119,6 @@ def evaluate(
     if adapters is not None and (len(named) > 1 or any(isinstance(one, OODDetector) for one in named.values())):
         raise ValueError("adapters are variants of one PEFT model; give that model alone, or models by name alone.")
     given = class_names if class_names is not None or not isinstance(id_data, Inputs) else id_data.classes
-    conventions = Conventions(positive, threshold, tpr, resamples, seed)
     models: dict[str, ModelScores] = {}
     candidates: dict[str, _Candidate] = {}
     all_sets: dict[str, dict[str, Inputs]] = {}
@@ -167,6 +167,7 @@ def _check(ood_data: Any, errors: str) -> None:
         )
     if not ood_data:
         raise ValueError("ood_data is empty; give at least one OOD set, for example {'noise': images}.")
+    check_set_names(ood_data)
     if errors not in ("raise", "leave_out"):
         raise ValueError(f"errors is {errors!r}; write 'raise' or 'leave_out'.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from setar_peft.detection.bootstrap import Interval, Resampled, resample
-from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule, ood_metrics
+from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule, fpr_at_tpr, ood_metrics
 
 # What the ID images are called beside the OOD sets, and the row of the sets' means.
 ID_SET = "ID"
@@ -105,6 +105,9 @@ class Conventions:
         resamples: Resamples of the bootstrap; 0 for no intervals.
         seed: Of the bootstrap.
         level: Share of the resampled figures that an interval holds.
+
+    Raises:
+        ValueError: If a convention is unknown, or a number outside its range.
     """
 
     positive: Positive = "id"
@@ -113,6 +116,11 @@ class Conventions:
     resamples: int = 1000
     seed: int = 0
     level: float = 0.95
+
+    def __post_init__(self) -> None:
+        fpr_at_tpr([1.0], [0.0], self.tpr, positive=self.positive, threshold=self.threshold_rule)
+        if isinstance(self.resamples, bool) or not isinstance(self.resamples, int) or self.resamples < 0:
+            raise ValueError(f"resamples is {self.resamples!r}; give 0 for no intervals, or a number such as 1000.")
 
     @property
     def fpr_name(self) -> str:
@@ -251,6 +259,17 @@ def figures_of(
     return rows, differences
 
 
+def check_set_names(ood_sets: Collection[str]) -> None:
+    """Refuse names of OOD sets that stand for something else here.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for reserved, meaning in ((ID_SET, "the ID images"), (MEAN, "the mean over the sets")):
+        if reserved in ood_sets:
+            raise ValueError(f"An OOD set is called {reserved!r}, which stands for {meaning}; give it another name.")
+
+
 def _resampled(
     models: Mapping[str, ModelScores], columns: list[tuple[str, str]], conventions: Conventions, *, with_mean: bool
 ) -> Resampled | None:
@@ -292,9 +311,7 @@ def _check_fit(models: Mapping[str, ModelScores]) -> None:
         raise ValueError("There is no OOD set; give at least one, for example {'noise': images}.")
     if not first.settings:
         raise ValueError("There is no score; give at least one, such as 'mcm'.")
-    for reserved, meaning in ((ID_SET, "the ID images"), (MEAN, "the mean over the sets")):
-        if reserved in first.ood_sets:
-            raise ValueError(f"An OOD set is called {reserved!r}, which stands for {meaning}; give it another name.")
+    check_set_names(first.ood_sets)
     shape = {ood_set: len(images) for ood_set, images in first.sets.items()}
     for other, scores in models.items():
         found = {ood_set: len(images) for ood_set, images in scores.sets.items()}

@@ -27,7 +27,8 @@ def fingerprint(model: nn.Module, adapter: str | None = AS_IT_IS) -> str:
     """
     base: Any = getattr(model, "get_base_model", lambda: model)()
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    used = _adapters_used(model, adapter, configs)
+    named = [] if adapter is None else [adapter]
+    used = [name for name in (active_adapters(model) if adapter == AS_IT_IS else named) if name in configs]
     settings = {
         "type": type(base).__qualname__,
         "config": base.config.to_dict() if hasattr(base, "config") else None,
@@ -40,13 +41,10 @@ def fingerprint(model: nn.Module, adapter: str | None = AS_IT_IS) -> str:
     return digest.hexdigest()
 
 
-def _adapters_used(model: Any, adapter: str | None, configs: dict[str, Any]) -> list[str]:
-    if not configs or adapter is None:
-        return []
-    if adapter != AS_IT_IS:
-        return [adapter]
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that compute, in whichever wrapper; none where they are disabled."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return [] if layers and all(layer.disable_adapters for layer in layers) else list(model.active_adapters)
+    return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
 
 
 def _tensors(base: nn.Module, used: set[str], known: set[str]) -> Iterator[tuple[str, Tensor]]:

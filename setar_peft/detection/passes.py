@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights, ImageFeatures
 from setar_peft.data.inputs import Inputs
+from setar_peft.detection.adapters import AS_IT_IS
 from setar_peft.detection.cache import DamagedError, SetCache, say_damaged
 from setar_peft.detection.cache_keys import key_of_set, keys_of_scores
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.figures import ModelScores, SetScores
-from setar_peft.detection.fingerprint import fingerprint
+from setar_peft.detection.fingerprint import active_adapters, fingerprint
 from setar_peft.detection.scoring import Reading, Score
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.processes import Processes
@@ -54,8 +55,8 @@ class Subject:
         """What a variant is, as plain values."""
         base: Any = getattr(self.model, "get_base_model", lambda: self.model)()
         adapter: Any = self.adapters[variant]
-        if adapter == "" and getattr(self.model, "peft_config", None):
-            adapter = list(getattr(self.model, "active_adapters", []))
+        if adapter == AS_IT_IS:
+            adapter = active_adapters(self.model)
         parameter = next(self.model.parameters())
         return {
             "type": type(base).__name__,
@@ -218,7 +219,7 @@ class Passes:
             found.settings = {name: {**one[1], **one[0].state()[0]} for name, one in missing[variant].items()}
             self._keep(set_name, variant, found)
             values = {**known[variant].values, **found.values}
-            found.values = {name: values[name] for name in self._subject.scores}
+            found.values = {name: values.get(name, torch.zeros(0)) for name in self._subject.scores}
             found.settings = {**known[variant].settings, **found.settings}
         return results
 
