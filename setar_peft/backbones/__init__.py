@@ -12,13 +12,14 @@ from setar_peft.backbones.base import (
     Tower,
     TowerInput,
     TowerState,
-    named_inputs,
 )
 from setar_peft.backbones.bert import BertBackbone
 from setar_peft.backbones.clip import CLIPBackbone
 from setar_peft.backbones.deit import DeiTBackbone
 from setar_peft.backbones.dinov2 import Dinov2Backbone, Dinov2WithRegistersBackbone
 from setar_peft.backbones.features import ClassWeights, ImageFeatures, Logits
+from setar_peft.backbones.grid import PatchGrid
+from setar_peft.backbones.inputs import named_inputs
 from setar_peft.backbones.roberta import RobertaBackbone
 from setar_peft.backbones.siglip import SiglipBackbone
 from setar_peft.backbones.siglip2 import Siglip2Backbone
@@ -32,6 +33,7 @@ __all__ = [
     "ImageFeatures",
     "Location",
     "Logits",
+    "PatchGrid",
     "Tower",
     "TowerInput",
     "TowerState",

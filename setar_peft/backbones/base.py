@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones.features import ClassWeights, ImageFeatures, Logits
+from setar_peft.backbones.grid import PatchGrid, grid_of, pair
+from setar_peft.backbones.inputs import named_inputs
 
 
 @dataclass
@@ -97,22 +100,24 @@ class Tower(ABC):
 
     def enter(self, inputs: Mapping[str, Tensor]) -> TowerInput:
         """Run the model's own forward up to its first block and return what the block is called with."""
+        return self._entries(inputs, whole=False)[0]
+
+    def _entries(self, inputs: Mapping[str, Tensor], *, whole: bool) -> list[TowerInput]:
+        """What the first block is called with; or each block, in the model's whole forward."""
         entered: list[TowerInput] = []
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            entered.append(TowerInput(hidden, args[1:], kwargs, self.context(inputs), len(hidden)))
-            raise _FirstBlockReached
+            entered.append(TowerInput(hidden, args[1:], kwargs, self.context(inputs), hidden.shape[0]))
+            if not whole:
+                raise _FirstBlockReached
 
-        handle = self.blocks[0].register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-        try:
+        with ExitStack() as hooks, suppress(_FirstBlockReached):
+            for block in self.blocks if whole else self.blocks[:1]:
+                hooks.callback(block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
             self.run(inputs)
-        except _FirstBlockReached:
-            pass
-        finally:
-            handle.remove()
-        return entered[0]
+        return entered
 
     def step(self, entry: TowerInput, level: int, hidden: Tensor) -> Tensor:
         """Run one block: from the input of block `level` to the input of the next."""
@@ -126,6 +131,11 @@ class Tower(ABC):
             inputs: The model's inputs by name.
             layers: Whether the features after each block are wanted, too.
         """
+        if torch.compiler.is_compiling():
+            # A forward that is being exported cannot be stopped; what nobody reads of it is no part of the graph.
+            entries = self._entries(inputs, whole=True)
+            tokens = tuple(self.class_token(entry.hidden) for entry in entries[1:]) if layers else None
+            return TowerState(entries[0], len(entries) - 1, entries[-1].hidden, tokens)
         entry = self.enter(inputs)
         return TowerState(entry, 0, entry.hidden, () if layers else None)
 
@@ -255,6 +265,23 @@ class Backbone(ABC):
     def check(self, inputs: Mapping[str, Tensor]) -> None:  # noqa: B027 - a family may take anything
         """Raise a `ValueError` if the model cannot take these inputs."""
 
+    def patch_grid(self, inputs: Tensor | Mapping[str, Tensor]) -> PatchGrid:
+        """How the patches lie that the local features and logits of these inputs are of.
+
+        Args:
+            inputs: As for `image_features`. Where images of a batch may have several grids, give one image.
+
+        Raises:
+            ValueError: If the model cannot take them, or they have several grids.
+        """
+        named = named_inputs(inputs)
+        self.check(named)
+        return self._grid(named)
+
+    def _grid(self, inputs: Mapping[str, Tensor]) -> PatchGrid:
+        config = getattr(self.model.config, "vision_config", self.model.config)
+        return grid_of(inputs, pair(config.patch_size))
+
     def image_features(self, inputs: Tensor | Mapping[str, Tensor], *, layers: bool = False) -> ImageFeatures:
         """Features of images or texts, in the model's dtype and as they come out of the tower.
 
@@ -362,29 +389,3 @@ class Backbone(ABC):
             for part in tower.parts(level)
             if (name := f"{part}.{self.weight_names[weight_type]}") in known_names
         ]
-
-
-def named_inputs(inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A model's inputs by name; a tensor alone is pixel values."""
-    return {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
-
-
-def check_images(
-    inputs: Mapping[str, Tensor], channels: int, size: int | Sequence[int], *, any_size: bool = False
-) -> None:
-    """Raise a `ValueError` unless the pixel values have the shape that a model takes.
-
-    Args:
-        inputs: The model's inputs by name.
-        channels: Channels that the model takes.
-        size: Height and width that the model takes, or one number for both.
-        any_size: Whether it takes other sizes, too.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    wanted: tuple[Any, ...] = (channels, "height", "width") if any_size else (channels, height, width)
-    shape = tuple(inputs["pixel_values"].shape) if "pixel_values" in inputs else None
-    if shape is None or len(shape) != 4 or (shape[1:2] if any_size else shape[1:]) != wanted[: 1 if any_size else 3]:
-        raise ValueError(
-            f"The images have shape {shape}; this model takes (images, {', '.join(map(str, wanted))}). Give the "
-            "processor that belongs to the model, or tensors it made."
-        )

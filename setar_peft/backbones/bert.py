@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from setar_peft.backbones.attention import attended_by_first
 from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.classifier import ClassifierBackbone
+from setar_peft.backbones.grid import PatchGrid
 
 
 class BertTower(Tower):
@@ -45,6 +46,10 @@ class BertTower(Tower):
         tokens = block.attention.output(attended, hidden)
         tokens = self.head[self._dense](block.output(block.intermediate(tokens), tokens)).tanh()
         return tokens[:, 0], tokens[:, 1:], mask[:, 1:]
+
+    def class_token(self, hidden: Tensor) -> Tensor:
+        """The first token after a block, through the layer on top, (texts, d)."""
+        return self.head[self._dense](hidden[:, 0]).tanh()
 
 
 class BertBackbone(ClassifierBackbone):
@@ -90,3 +95,7 @@ class BertBackbone(ClassifierBackbone):
                 f"The texts {given}; this model takes input_ids of shape (texts, at most {self.longest_text} tokens). "
                 "Give texts and the model's tokenizer, or what it returns."
             )
+
+    def _grid(self, inputs: Mapping[str, Tensor]) -> PatchGrid:
+        # The first token stands for the whole text.
+        return PatchGrid(1, inputs["input_ids"].shape[1] - 1, 1, 1)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from setar_peft.backbones.attention import attended_by_first
-from setar_peft.backbones.base import Backbone, Tower, TowerInput, check_images
+from setar_peft.backbones.base import Backbone, Tower, TowerInput
 from setar_peft.backbones.features import ClassWeights
+from setar_peft.backbones.inputs import check_images
 from setar_peft.backbones.prompts import (
     Prompts,
     block_step,

@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from setar_peft.backbones.base import Tower, TowerInput, check_images
+from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.classifier import ClassifierBackbone
+from setar_peft.backbones.inputs import check_images
 
 
 class _Tower(Tower):

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from setar_peft.backbones.grid import PatchGrid
 from setar_peft.backbones.siglip import SiglipBackbone
 
 _INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
@@ -39,3 +40,11 @@ class Siglip2Backbone(SiglipBackbone):
                 f"The images have shape {shape}; this model takes (images, patches, {pixels}). Give the processor that "
                 "belongs to the model, or tensors it made."
             )
+
+    def _grid(self, inputs: Mapping[str, Tensor]) -> PatchGrid:
+        shapes = {(int(rows), int(columns)) for rows, columns in inputs["spatial_shapes"].tolist()}
+        if len(shapes) != 1:
+            listed = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(shapes))
+            raise ValueError(f"The images have patches in several grids ({listed}); ask for one image's at a time.")
+        size = self.model.config.vision_config.patch_size
+        return PatchGrid(*shapes.pop(), size, size)

@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from setar_peft.backbones.base import Tower, TowerInput, check_images
+from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.classifier import ClassifierBackbone
+from setar_peft.backbones.grid import PatchGrid, grid_of, pair
+from setar_peft.backbones.inputs import check_images
 
 
 class SwinTower(Tower):
@@ -99,3 +101,9 @@ class SwinBackbone(ClassifierBackbone):
         """Raise a `ValueError` unless the images have the model's channels."""
         config = self.model.config
         check_images(inputs, config.num_channels, config.image_size, any_size=not config.use_absolute_embeddings)
+
+    def _grid(self, inputs: Mapping[str, Tensor]) -> PatchGrid:
+        # Each merging halves the patches, rounding up: as if the image were padded to whole patches of the last stage.
+        stages = len(self.model.base_model.encoder.layers)
+        height, width = pair(self.model.config.patch_size)
+        return grid_of(inputs, (height << (stages - 1), width << (stages - 1)), padded=True)

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from setar_peft.backbones.attention import attended_by_first
-from setar_peft.backbones.base import Tower, TowerInput, check_images
+from setar_peft.backbones.base import Tower, TowerInput
 from setar_peft.backbones.classifier import ClassifierBackbone
+from setar_peft.backbones.inputs import check_images
 
 
 class ViTTower(Tower):
