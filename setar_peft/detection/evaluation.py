@@ -29,6 +29,7 @@ from setar_peft.detection.result import Evaluation
 from setar_peft.detection.scores import chosen_scores
 from setar_peft.detection.scoring import Score
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
+from setar_peft.processes import Processes
 
 DEFAULT_SCORES = ("mcm", "gl_mcm")
 
@@ -145,10 +146,13 @@ def evaluate(
         candidates[name] = candidate._replace(
             subject=_with_fit_data(candidate.subject, fit_data, source, all_sets[name])
         )
-    with _progress(shown=progress, total=sum(len(one) for sets in all_sets.values() for one in sets.values())) as count:
-        folder = None if cache is None else Path(cache)
-        for name, candidate in candidates.items():
-            models |= Passes(candidate.subject, all_sets[name], errors=errors, cache=folder, count=count).run()
+    processes = [Processes(next(one.subject.model.parameters()).device) for one in candidates.values()]
+    folder = None if cache is None else Path(cache)
+    total = sum(len(inputs) for sets in all_sets.values() for inputs in sets.values())
+    with _progress(shown=progress and processes[0].is_first, total=total) as count:
+        for (name, candidate), own in zip(candidates.items(), processes, strict=True):
+            passes = Passes(candidate.subject, all_sets[name], own, errors=errors, cache=folder, count=count)
+            models |= passes.run()
     first = next(iter(candidates))
     shown = all_sets[first]
     return Evaluation.of(

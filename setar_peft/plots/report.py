@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from setar_peft.writing import written_whole
+from setar_peft.writing import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -151,7 +151,7 @@ def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Sect
         ValueError: If the folder does not exist.
     """
     page = page_of(title, sections)
-    with written_whole(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Path(path)
 
