@@ -257,18 +257,26 @@ class OODDetector:
 
     @property
     def score(self) -> Score:
-        """The score, fitted where it has to be."""
+        """The score, fitted where it had to be."""
         return self._score
 
     @property
     def class_weights(self) -> ClassWeights:
-        """The map from features to logits: the text bank, or the classifier.
+        """The map from features to logits, on the model's device: for models that classify by texts, the text bank.
 
         Raises:
-            ValueError: If the model has been changed since.
+            ValueError: If the model is another than it was made with.
         """
-        with self._reading():
-            return self._bank
+        if state_of(self.model) != self._model_state:
+            raise ValueError(
+                "The model has been changed since the detector was made (its weights, or which adapters are active or "
+                "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and "
+                "fit it."
+            )
+        device = next(self.model.parameters()).device
+        if self._bank.weight.device != device:
+            self._bank = self._bank.to(device)
+        return self._bank
 
     def _records(self, sources: Iterator[Inputs], top_k: int, errors: Errors) -> Iterator[Detection]:
         threshold = self._threshold_in_use().value
@@ -358,18 +366,9 @@ class OODDetector:
 
     @contextmanager
     def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
-        """The model, ready to read, with the text bank; refused if it is another than the bank was made with."""
-        if state_of(self.model) != self._model_state:
-            raise ValueError(
-                "The model has been changed since the detector was made (its weights, or which adapters are active or "
-                "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and "
-                "fit it."
-            )
-        device = next(self.model.parameters()).device
-        if self._bank.weight.device != device:
-            self._bank = self._bank.to(device)
+        """The model, ready to read, with the text bank."""
         needed = self._score.needs_layers if layers is None else layers
-        with reading(self.model, self._bank, layers=needed) as reader:
+        with reading(self.model, self.class_weights, layers=needed) as reader:
             yield reader
 
     def _inputs(self, data: Any) -> Inputs:
