@@ -56,7 +56,7 @@ class OODDetector(HubDetector):
         threshold: The threshold; None before `fit`.
         id_scores: Scores of the inputs that the threshold was found on, (n,) float32, ascending; empty where there are
             none.
-        folder: Where it was saved to or loaded from last, a folder or a name on the Hub; None where it was not.
+        folder: Where it was saved to or loaded from last; None where it was not.
 
     Raises:
         ValueError: If the model's family is not known, the classes are not the model's, or a score or setting is

@@ -238,7 +238,7 @@ class HubDetector(ModelHubMixin):
         model = load_detector_model(files, folder, model, device)
         bank = files.class_weights.to(next(model.parameters()).device)
         detector._start(model, processor, {scoring: settings}, None, batch_size, bank)
-        detector.folder = Path(pretrained_model_name_or_path)
+        detector.folder = folder
         if (detector.score_name, detector.settings) != (files.score, files.settings):
             if threshold is not None:
                 found_with = ", ".join([files.score, *(f"{key} {value}" for key, value in files.settings.items())])

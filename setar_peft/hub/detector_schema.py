@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 FORMAT = 1
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _DEEPEST = 50  # mappings and lists in one another
 _AGAIN = "Copy or download the detector again, or save it again in Python."
 
@@ -135,7 +136,7 @@ _DOCUMENT = {
     "preprocessing": _NAMED,
     "model_type": _TEXT,
     "model_class": _TEXT,
-    "dtype": _TEXT,
+    "dtype": _Kind(f"one of {', '.join(_DTYPES)}", lambda value: value in _DTYPES),
     "attention": _TEXT,
     "base_sha256": _DIGEST,
     "adapter_sha256": _Kind("a SHA-256 or null", lambda value: value is None or _is_digest(value)),
