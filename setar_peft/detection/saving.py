@@ -26,7 +26,7 @@ from setar_peft.detection.detector_model import (
     load_detector_model,
     save_detector_model,
 )
-from setar_peft.detection.scores import SCORES, chosen_scores
+from setar_peft.detection.scores import chosen_scores, find_score
 from setar_peft.detection.scoring import Score
 from setar_peft.detection.threshold import Threshold
 from setar_peft.hub.card import CARD_NAME
@@ -65,6 +65,7 @@ class HubDetector(ModelHubMixin):
     folder: Path | None
     _prompts: ClassPrompts
     _score: Score
+    _unfitted_score: Score
     _bank: ClassWeights
     # Why the threshold that was saved does not hold, in brackets.
     _lost_threshold: str
@@ -224,7 +225,7 @@ class HubDetector(ModelHubMixin):
             _check_same("class_names", list(ClassNames.of(class_names).names), list(files.class_names), folder)
         if prompt is not None:
             _check_same("prompt", prompt if isinstance(prompt, str) else list(prompt), files.prompt, folder)
-        scoring, settings = _scoring(files, folder, score, temperature)
+        scoring, settings, is_own = _scoring(files, folder, score, temperature)
         if processor is None:
             processor = load_saved_processor(folder, files.preprocessing)
         check_preprocessing(files.preprocessing, processor, files.kind)
@@ -236,17 +237,20 @@ class HubDetector(ModelHubMixin):
             negative_labels=list(files.negative_labels) or None,
         )
         model = load_detector_model(files, folder, model, device)
-        bank = files.class_weights.to(next(model.parameters()).device)
-        detector._start(model, processor, {scoring: settings}, None, batch_size, bank)
+        where = next(model.parameters()).device
+        fitted = scoring
+        if is_own:
+            tensors = {name: tensor.to(where) for name, tensor in files.state_tensors.items()}
+            fitted = scoring.with_state(files.state, tensors)
+            scoring = scoring.with_state(files.unfitted, {})
+        detector._start(model, processor, {fitted: settings}, None, batch_size, files.class_weights.to(where))
+        detector._unfitted_score = scoring
         detector.folder = folder
-        if (detector.score_name, detector.settings) != (files.score, files.settings):
+        if not is_own or detector.settings != files.settings:
             if threshold is not None:
                 found_with = ", ".join([files.score, *(f"{key} {value}" for key, value in files.settings.items())])
                 detector._lost_threshold = f" (the one in its folder was found with another score: {found_with})"
             return detector
-        if detector._score.needs_fit and (files.state or files.state_tensors):
-            tensors = {name: tensor.to(bank.weight.device) for name, tensor in files.state_tensors.items()}
-            detector._score = detector._score.with_state(files.state, tensors)
         detector.threshold = threshold
         if files.id_scores is not None:
             detector.id_scores = files.id_scores.numpy()
@@ -259,7 +263,7 @@ class HubDetector(ModelHubMixin):
         preprocessing = preprocessing_of(self.processor, self.kind)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
-        state, tensors = ({}, {}) if self._score.needs_fit else self._score.state()
+        state, tensors = self._score.state()
         found = self.threshold
         files = DetectorFiles(
             kind=self.kind,
@@ -268,6 +272,7 @@ class HubDetector(ModelHubMixin):
             negative_labels=self._prompts.negative_labels,
             score=self.score_name,
             settings=self.settings,
+            unfitted=self._unfitted_score.state()[0],
             state=state,
             preprocessing=preprocessing,
             versions=versions(),
@@ -282,18 +287,29 @@ class HubDetector(ModelHubMixin):
         write_detector_card(save_directory, files, threshold, base_of(self.model).name_or_path)
 
 
-def _scoring(files: DetectorFiles, folder: Path, score: Any, temperature: float | None) -> tuple[Score, dict[str, Any]]:
-    """The score of a detector that is loaded, and the settings that are given for it."""
-    if score is None and files.score not in SCORES:
-        raise ValueError(
-            f"The detector in {folder} has the score {files.score!r}, which is none of this package's; give what it "
-            f"was made with, score=..., or register it first (register_score). Known are {', '.join(SCORES)}."
-        )
-    chosen = chosen_scores(files.score if score is None else score, temperature)
+def _scoring(
+    files: DetectorFiles, folder: Path, score: Any, temperature: float | None
+) -> tuple[Score, dict[str, Any], bool]:
+    """The score of a detector that is loaded, unfitted, the settings given for it, and whether it is the saved one."""
+    try:
+        own = find_score(files.score)
+    except ValueError as error:
+        own = None
+        if score is None:
+            raise ValueError(
+                f"The detector in {folder} has the score {files.score!r}, which is none of this package's; give what "
+                "it was made with, score=..., or register it first (register_score)."
+            ) from error
+    wanted: Any = own if score is None else score
+    chosen = chosen_scores(wanted, temperature)
     if len(chosen) > 1:
         raise ValueError(f"score is {', '.join(map(repr, chosen))}; a detector decides by one.")
     ((name, (found, given)),) = chosen.items()
-    return found, {**files.settings, **given} if name == files.score else given
+    # One that only the user has is taken for what it is called; another may have been made otherwise.
+    is_own = name == files.score and (
+        own is None or found.state()[0] in (own.state()[0], dict(files.unfitted), dict(files.state))
+    )
+    return found, {**files.settings, **given} if is_own else given, is_own
 
 
 def _threshold_of(files: DetectorFiles, folder: Path) -> Threshold | None:

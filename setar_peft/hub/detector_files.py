@@ -60,7 +60,8 @@ class DetectorFiles:
         negative_labels: Words that name none of the classes; may be empty.
         score: Name of the score.
         settings: Every setting of the score, by name, with the temperature in use.
-        state: What a score that is fitted has found out, as plain values.
+        unfitted: How the score was made, as plain values, for a score that has to be fitted itself.
+        state: That, and what it has found out.
         preprocessing: Settings of the image processor or tokenizer.
         model_type: The base's family in transformers.
         model_class: The base's class in transformers.
@@ -81,6 +82,7 @@ class DetectorFiles:
     negative_labels: Sequence[str]
     score: str
     settings: Mapping[str, Any]
+    unfitted: Mapping[str, Any]
     state: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
     model_type: str
@@ -104,7 +106,7 @@ class DetectorFiles:
             ValueError: If a value cannot be written or the values do not fit each other; nothing is written then.
         """
         check_plain("the score's settings", self.settings)
-        check_plain("the score's state", self.state)
+        check_plain("the score's state", {**self.unfitted, **self.state})
         check_plain("the preprocessing", self.preprocessing)
         # Copies: views of one tensor are refused by safetensors.
         tensors = {
@@ -190,6 +192,7 @@ class DetectorFiles:
             "negative_labels": list(self.negative_labels),
             "score": self.score,
             "settings": dict(self.settings),
+            "unfitted": dict(self.unfitted),
             "state": dict(self.state),
             "threshold": threshold,
             "preprocessing": dict(self.preprocessing),

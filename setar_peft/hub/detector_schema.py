@@ -131,6 +131,7 @@ _DOCUMENT = {
     "negative_labels": _TEXTS,
     "score": _TEXT,
     "settings": _NAMED,
+    "unfitted": _NAMED,
     "state": _NAMED,
     "threshold": _Kind("a threshold or null", lambda value: value is None or isinstance(value, dict)),
     "preprocessing": _NAMED,

@@ -19,6 +19,7 @@ from transformers import CLIPModel, ViTConfig, ViTForImageClassification, ViTIma
 from setar_peft import SeTARConfig
 from setar_peft.backbones.base import Backbone
 from setar_peft.detection.detector import OODDetector
+from setar_peft.detection.fusion import LayerFusion
 from setar_peft.detection.scores import SCORES, register_score
 from setar_peft.detection.scoring import Score
 from setar_peft.hub.detector_files import DetectorFiles
@@ -119,7 +120,7 @@ def margin(global_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
         {"score": {"gl_mcm": {"local_weight": 0.1 + 0.2, "pooling": "class"}}},
         {"score": "energy", "prompt": "one {class}"},
         {"score": "mcm", "prompt": [f"picture {number}" for number in range(6)]},
-        {"score": "gl_mcm", "negative_labels": ["stone", "river", "cloud"]},
+        {"score": "neglabel", "negative_labels": ["stone", "river", "cloud"]},
     ],
     ids=["temperature", "settings", "prompt", "prompts", "negative labels"],
 )
@@ -139,6 +140,24 @@ def test_scores_prompts_and_negative_labels(
     negative = detector._bank.negative
     assert (negative is None) == ("negative_labels" not in settings)
     assert negative is None or torch.equal(negative, loaded._bank.negative)
+
+
+def test_a_score_that_is_fitted_itself(
+    load_clip: Callable[..., Any], processor: Any, class_names: list[str], tmp_path: Path
+) -> None:
+    for number, score in enumerate(("layer_fusion:mcm", LayerFusion("energy", [0, -1]), LayerFusion("mcm", bins=16))):
+        detector = OODDetector(load_clip(), processor, class_names, score=score)
+        folder = tmp_path / str(number)
+        detector.save_pretrained(folder)
+        loaded = OODDetector.from_pretrained(folder)
+        assert loaded._score.needs_fit == detector._score.needs_fit
+        detector.fit(pictures(80)).save_pretrained(folder)
+        loaded = OODDetector.from_pretrained(folder)
+        assert same(detector, loaded)
+        # Fitted anew, it is the score as it was made.
+        assert same(detector.fit(pictures(90, seed=5)), loaded.fit(pictures(90, seed=5)))
+    other = OODDetector.from_pretrained(folder, score=LayerFusion("mcm", bins=20))
+    assert (other.threshold, other._score.needs_fit) == (None, True)
 
 
 def test_a_threshold_by_hand_and_none_at_all(detector: Any, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def sample(**changes: Any) -> DetectorFiles:
         "negative_labels": ["stone", "river"],
         "score": "gl_mcm",
         "settings": {"temperature": float(torch.tensor(4.6052).exp()), "pooling": "patch", "local_weight": 0.1 + 0.2},
+        "unfitted": {"layers": "auto"},
         "state": {"layers": [3, 5], "bins": 1e-300},
         "preprocessing": {"do_resize": True, "size": {"shortest_edge": 28}, "image_mean": [0.1, 1 / 3, 5e-324]},
         "model_type": "clip",
