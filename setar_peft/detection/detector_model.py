@@ -90,6 +90,13 @@ def save_detector_model(model: Any, folder: Path) -> None:
     A card that is there is brought up to date.
     """
     adapter = active_adapter(model)
+    if adapter is not None and not base_of(model).name_or_path:
+        warnings.warn(
+            "The base model does not say where it came from (its name_or_path is empty), so that the detector can only "
+            "be loaded with the base given: OODDetector.from_pretrained(folder, model=base).",
+            UserWarning,
+            stacklevel=5,
+        )
     if not isinstance(model, PeftModel):  # transformers writes the adapter alone, where there is one
         model.save_pretrained(folder)
         return
@@ -143,7 +150,7 @@ def load_detector_model(files: DetectorFiles, folder: Path, model: Any = None, d
     adapter = active_adapter(model)
     _check_base(files, model, folder)
     if config is not None and adapter is None:
-        model = _with_adapter(model, folder)
+        model = _with_adapter(model, folder, getattr(torch, files.dtype))
         adapter = active_adapter(model)
     found = None if adapter is None else adapter_digest(model, adapter)
     if found != files.adapter_sha256:
@@ -156,11 +163,11 @@ def load_detector_model(files: DetectorFiles, folder: Path, model: Any = None, d
     return model if device is None else model.to(device)
 
 
-def _with_adapter(base: Any, folder: Path) -> PeftModel:
+def _with_adapter(base: Any, folder: Path, dtype: torch.dtype) -> PeftModel:
     model = PeftModel.from_pretrained(base, str(folder))
     # PEFT makes factors float32; in a model that was made half precision as a whole they were not.
     dtypes = {tensor.dtype for tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).values()}
-    return model.to(dtypes.pop()) if dtypes == {base.dtype} else model
+    return model.to(dtype) if dtypes == {dtype} else model
 
 
 def check_nothing_is_lost(folder: Path, unfinished: Path) -> None:

@@ -121,6 +121,9 @@ class HubDetector(ModelHubMixin):
                 if processor or score cannot be saved; or if the folder holds a model of its own.
         """
         folder = Path(save_directory)
+        if not push_to_hub and (repo_id is not None or push_to_hub_kwargs):
+            given = ", ".join(["repo_id"] * (repo_id is not None) + sorted(push_to_hub_kwargs))
+            raise ValueError(f"{given}: only for push_to_hub=True; leave it out, or push.")
         outdated = _OUTDATED if (folder / DETECTOR_NAME).is_file() else ()
         with written_whole(folder, outdated) as unfinished:
             if (folder / CARD_NAME).is_file():
@@ -130,7 +133,7 @@ class HubDetector(ModelHubMixin):
         self.folder = folder
         return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs) if push_to_hub else None
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override] # what the mixin takes besides would leave files of the folder out
         self,
         repo_id: str,
         *,
@@ -139,7 +142,6 @@ class HubDetector(ModelHubMixin):
         token: str | None = None,
         branch: str | None = None,
         create_pr: bool | None = None,
-        **_: Any,
     ) -> str:
         """Save the detector into a repository on the Hub, in one commit; the card there is brought up to date.
 
@@ -181,7 +183,7 @@ class HubDetector(ModelHubMixin):
             )
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override] # the mixin's takes whatever `__init__` does
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -193,7 +195,11 @@ class HubDetector(ModelHubMixin):
         class_names: Any = None,
         prompt: Any = None,
         batch_size: int = 64,
-        **hub_settings: Any,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Self:
         """Load a detector from a folder or the Hub: no prompt is encoded, and no processor guessed.
 
@@ -213,14 +219,27 @@ class HubDetector(ModelHubMixin):
             class_names: Refused unless they are the detector's own.
             prompt: Refused unless it is the detector's own.
             batch_size: Inputs a batch.
-            hub_settings: For the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+            revision: Branch, tag or commit on the Hub.
+            token: For the Hub; by default that of `hf auth login`.
+            cache_dir: Where what comes from the Hub is kept.
+            force_download: Whether to download what is there already.
+            local_files_only: Whether to do without the Hub.
 
         Raises:
             ValueError: If a file is missing or damaged, or something is not what the detector was saved with.
         """
-        folder = detector_folder(pretrained_model_name_or_path, **hub_settings)
+        folder = detector_folder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         files = DetectorFiles.read(folder)
         threshold = _threshold_of(files, folder)
+        keys = None if files.class_keys is None else tuple(files.class_keys)
+        classes = ClassNames(tuple(files.class_names), keys)
         if class_names is not None:
             _check_same("class_names", list(ClassNames.of(class_names).names), list(files.class_names), folder)
         if prompt is not None:
@@ -232,7 +251,7 @@ class HubDetector(ModelHubMixin):
         detector = cls.__new__(cls)
         detector._prompts = ClassPrompts(
             processor,
-            list(files.class_names),
+            classes,
             PROMPT if files.prompt is None else files.prompt,
             negative_labels=list(files.negative_labels) or None,
         )
@@ -268,6 +287,7 @@ class HubDetector(ModelHubMixin):
         files = DetectorFiles(
             kind=self.kind,
             class_names=self.class_names,
+            class_keys=self._prompts.classes.keys,
             prompt=self.prompt,
             negative_labels=self._prompts.negative_labels,
             score=self.score_name,

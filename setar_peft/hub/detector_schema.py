@@ -124,6 +124,12 @@ _DOCUMENT = {
     "format": _Kind(f"the format {FORMAT}", lambda value: type(value) is int and value == FORMAT),
     "kind": _Kind("'image' or 'text'", lambda value: value in ("image", "text")),
     "class_names": _Kind("a list of two or more texts", lambda value: _are_texts(value) and len(value) > 1),
+    "class_keys": _Kind(
+        "a list of texts or null",
+        lambda value: (
+            value is None or (isinstance(value, list) and _are_texts([key for key in value if key is not None]))
+        ),
+    ),
     "prompt": _Kind(
         "a text with {class}, a list of texts or null",
         lambda value: value is None or _are_texts(value) or (isinstance(value, str) and "{class}" in value),

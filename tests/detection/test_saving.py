@@ -174,6 +174,49 @@ def test_a_threshold_by_hand_and_none_at_all(detector: Any, tmp_path: Path) -> N
     assert same(detector.at(tpr=0.8), loaded.at(tpr=0.8))
 
 
+def test_what_the_data_call_the_classes(load_clip: Any, processor: Any, class_names: list[str], tmp_path: Path) -> None:
+    named = {f"n{number}": name for number, name in enumerate(class_names)}
+    detector = OODDetector(load_clip(), processor, named)
+    detector.save_pretrained(tmp_path)
+    loaded = OODDetector.from_pretrained(tmp_path, class_names=named)
+    assert loaded._prompts.classes == detector._prompts.classes
+
+
+def test_a_head_that_was_trained_with_the_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    base = ViTForImageClassification(ViTConfig(image_size=24, patch_size=8, num_labels=3, **shape)).eval()
+    base.save_pretrained(tmp_path / "base")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(target_modules=["fc1"], modules_to_save=["classifier"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    processor = ViTImageProcessorPil(size={"height": 24, "width": 24})
+    detector = OODDetector(model, processor, ["a", "b", "c"], score="msp").fit(pictures(12))
+    detector.save_pretrained(tmp_path / "detector")
+    assert same(detector, OODDetector.from_pretrained(tmp_path / "detector"))
+
+
+def test_a_base_without_a_name_is_said(load_clip: Any, processor: Any, class_names: list[str], tmp_path: Path) -> None:
+    base = CLIPModel(load_clip().config).eval()
+    base.name_or_path = base.config._name_or_path = ""
+    model = get_peft_model(base, SeTARConfig(rank_ratios=RATIOS))
+    detector = OODDetector(model, processor, class_names).fit(pictures(20))
+    with pytest.warns(UserWarning, match=r"does not say where it came from .*from_pretrained\(folder, model=base\)"):
+        detector.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"names no base model; give it, model="):
+        OODDetector.from_pretrained(tmp_path)
+    assert same(detector, OODDetector.from_pretrained(tmp_path, model=base))
+
+
+def test_options_that_nothing_reads_are_refused(saved: Path, detector: Any) -> None:
+    with pytest.raises(ValueError, match=r"private, token: only for push_to_hub=True"):
+        detector.save_pretrained(saved, private=True, token="x")
+    with pytest.raises(TypeError, match="treshold"):
+        OODDetector.from_pretrained(saved, treshold=0.5)
+
+
 def test_a_classifier_of_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -35,7 +35,7 @@ X = {
 FIRST = {"vision_model.encoder.layers.0.mlp.fc1": 0.25, "text_model.encoder.layers.0.mlp.fc1": 0.5}
 SECOND = {"vision_model.encoder.layers.1.mlp.fc1": 0.4}
 
-PICTURES = [Image.effect_noise((40, 30), sigma).convert("RGB") for sigma in range(10, 130, 10)]
+PICTURES = [Image.linear_gradient("L").rotate(angle).convert("RGB") for angle in range(0, 360, 30)]
 
 outputs: dict[str, Tensor] = {}
 records: dict[str, Any] = {}
