@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights, backbone_of
-from setar_peft.data.inputs import Inputs
+from setar_peft.data.inputs import InputBatch, Inputs
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import is_single, source_of, stream_of
-from setar_peft.detection.adapters import state_of
+from setar_peft.detection.adapters import check_unchanged, state_of
 from setar_peft.detection.batched import Batched
 from setar_peft.detection.explain import Explanation, explanation_of_batch
-from setar_peft.detection.features import Outputs, Reader, reading
+from setar_peft.detection.features import Outputs, Reader, reading, taken
 from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
 from setar_peft.detection.saving import HubDetector
 from setar_peft.detection.scores import chosen_scores
@@ -106,6 +106,10 @@ class OODDetector(HubDetector):
             backbone = reader.backbone
             ((variant, self._bank),) = reader.classes.items()
             self.settings = reader.settings(variant, self._score, given)
+        if "negative_logits" in self._score.reads and self._bank.negative is None:
+            raise ValueError(
+                f"The score {self.score_name} compares with labels that are none of the classes; give negative_labels."
+            )
         self.kind: Literal["image", "text"] = "text" if backbone.input_tower == "text" else "image"
         self.prompt = self._prompts.prompt if backbone.needs_prompts else None
         self.class_names = self._prompts.class_names
@@ -313,20 +317,27 @@ class OODDetector(HubDetector):
         """By batch: numbers of the inputs that could be read, what is said of them, and why others are not decided."""
         self._check_score_is_fitted()
         scores = {self.score_name: (self._score, self.settings)}
-        for batch in inputs.readable_batches():
-            errors, outputs = dict(batch.errors), None
-            # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
-            with self._reading() as reader:
-                for variant, read in reader.features(batch).items():
-                    outputs = reader.outputs(variant, read, scores, top_k)
-            if outputs is not None:
-                finite = outputs.scores[self.score_name].isfinite().tolist()
-                broken = [number for number, is_finite in zip(batch.numbers, finite, strict=True) if not is_finite]
-                for number in broken:
-                    errors[number] = (
-                        f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
-                    )
-            yield batch.numbers, outputs, errors
+        with closing(inputs.readable_batches()) as batches:
+            for batch in batches:
+                yield self._outputs_of(batch, inputs, scores, top_k)
+
+    def _outputs_of(
+        self, batch: InputBatch, inputs: Inputs, scores: Mapping[str, tuple[Score, dict[str, Any]]], top_k: int
+    ) -> tuple[list[int], Outputs | None, dict[int, str]]:
+        errors, outputs = dict(batch.errors), None
+        # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
+        with self._reading() as reader:
+            batch, features = taken(reader, batch, inputs, errors)
+            for variant, read in features.items():
+                outputs = reader.outputs(variant, read, scores, top_k)
+        if outputs is not None:
+            finite = outputs.scores[self.score_name].isfinite().tolist()
+            broken = [number for number, is_finite in zip(batch.numbers, finite, strict=True) if not is_finite]
+            for number in broken:
+                errors[number] = (
+                    f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
+                )
+        return batch.numbers, outputs, errors
 
     def _all_scores(self, inputs: Inputs, score: Score) -> NDArray[np.float32]:
         scores = []
@@ -348,21 +359,13 @@ class OODDetector(HubDetector):
     @contextmanager
     def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
         """The model, ready to read, with the text bank; refused if it is another than the bank was made with."""
-        self._check_unchanged()
+        check_unchanged(self.model, self._model_state)
         device = next(self.model.parameters()).device
         if self._bank.weight.device != device:
             self._bank = self._bank.to(device)
         needed = self._score.needs_layers if layers is None else layers
         with reading(self.model, self._bank, layers=needed) as reader:
             yield reader
-
-    def _check_unchanged(self) -> None:
-        if state_of(self.model) != self._model_state:
-            raise ValueError(
-                "The model has been changed since the detector was made (its weights, or which adapters are active or "
-                "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and "
-                "fit it."
-            )
 
     def _inputs(self, data: Any) -> Inputs:
         return source_of(data, self.processor, self.kind, batch_size=self.batch_size)

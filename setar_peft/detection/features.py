@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +57,8 @@ class Reader:
         self._model, self._adapters, self._layers = model, dict(adapters), layers
         self.backbone = backbone
         self._tower = backbone.towers[backbone.input_tower]
+        if layers:
+            self._tower.check_has_class_token()
         self._shared = blocks_below_adapters(backbone) if len(self._adapters) > 1 else 0
         self.classes: dict[str, ClassWeights] = {}
         for name, adapter in self._adapters.items():
@@ -166,6 +168,46 @@ def reading(
     check_adapters(model, variants.values())
     with _LOCKS.setdefault(model, threading.RLock()), evaluation_mode(model) as (backbone, _):
         yield Reader(model, backbone, variants, classes, layers=layers)
+
+
+def taken(
+    reader: Reader, batch: InputBatch, inputs: Inputs, errors: dict[int, str]
+) -> tuple[InputBatch, dict[str, ImageFeatures]]:
+    """What a model can take of a batch, and its features, where it may refuse some inputs.
+
+    Args:
+        reader: The model.
+        batch: The batch.
+        inputs: What the batch is of.
+        errors: Gets why the model refuses each of the others, by its place in the inputs.
+    """
+    try:
+        return batch, reader.features(batch)
+    except ValueError:
+        for number in batch.numbers:
+            refusal = _refusal(reader, inputs, number)
+            if refusal is not None:
+                errors[number] = f"{inputs.name(number)} is refused: {refusal}"
+        # Read anew: texts were padded to the longest.
+        batch = _batch_of(inputs, [number for number in batch.numbers if number not in errors])
+        return batch, reader.features(batch)
+
+
+def _batch_of(inputs: Inputs, numbers: list[int]) -> InputBatch:
+    """Some inputs of a batch, as a batch of their own."""
+    if not numbers:
+        return InputBatch([], None, inputs.labels[:0], {})
+    with closing(inputs.select(numbers).readable_batches()) as batches:
+        return next(batches)._replace(numbers=numbers)
+
+
+def _refusal(reader: Reader, inputs: Inputs, number: int) -> str | None:
+    """Why the model does not take an input; None if it does."""
+    try:
+        reader.features(_batch_of(inputs, [number]))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def image_logits(

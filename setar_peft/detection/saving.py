@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from setar_peft.backbones import ClassWeights
 from setar_peft.data.labels import ClassNames
+from setar_peft.detection.adapters import check_unchanged
 from setar_peft.detection.detector_model import (
     ModelFacts,
     base_of,
@@ -67,6 +68,7 @@ class HubDetector(ModelHubMixin):
     _score: Score
     _unfitted_score: Score
     _bank: ClassWeights
+    _model_state: tuple[Any, ...]
     # Why the threshold that was saved does not hold, in brackets.
     _lost_threshold: str
 
@@ -81,10 +83,6 @@ class HubDetector(ModelHubMixin):
         bank: ClassWeights | None,
     ) -> None:
         """Set up all but the classes, which are there."""
-
-    @abstractmethod
-    def _check_unchanged(self) -> None:
-        """Raise a `ValueError` if the model was changed since the detector was made."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102 - nobody calls it
         del args, kwargs
@@ -276,7 +274,7 @@ class HubDetector(ModelHubMixin):
         return detector
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self._check_unchanged()
+        check_unchanged(self.model, self._model_state)
         facts = ModelFacts.of(self.model)
         save_detector_model(self.model, save_directory)
         preprocessing = preprocessing_of(self.processor, self.kind)
