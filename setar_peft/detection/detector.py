@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights, backbone_of
-from setar_peft.data.inputs import InputBatch, Inputs
+from setar_peft.data.inputs import Inputs
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import is_single, source_of, stream_of
 from setar_peft.detection.adapters import check_unchanged, state_of
 from setar_peft.detection.batched import Batched
 from setar_peft.detection.explain import Explanation, explanation_of_batch
-from setar_peft.detection.features import Outputs, Reader, reading, taken
+from setar_peft.detection.features import Outputs, Reader, outputs_of, reading
 from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
 from setar_peft.detection.saving import HubDetector
 from setar_peft.detection.scores import chosen_scores
@@ -319,25 +319,10 @@ class OODDetector(HubDetector):
         scores = {self.score_name: (self._score, self.settings)}
         with closing(inputs.readable_batches()) as batches:
             for batch in batches:
-                yield self._outputs_of(batch, inputs, scores, top_k)
-
-    def _outputs_of(
-        self, batch: InputBatch, inputs: Inputs, scores: Mapping[str, tuple[Score, dict[str, Any]]], top_k: int
-    ) -> tuple[list[int], Outputs | None, dict[int, str]]:
-        errors, outputs = dict(batch.errors), None
-        # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
-        with self._reading() as reader:
-            batch, features = taken(reader, batch, inputs, errors)
-            for variant, read in features.items():
-                outputs = reader.outputs(variant, read, scores, top_k)
-        if outputs is not None:
-            finite = outputs.scores[self.score_name].isfinite().tolist()
-            broken = [number for number, is_finite in zip(batch.numbers, finite, strict=True) if not is_finite]
-            for number in broken:
-                errors[number] = (
-                    f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
-                )
-        return batch.numbers, outputs, errors
+                # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
+                with self._reading() as reader:
+                    found = outputs_of(reader, batch, inputs, scores, top_k)
+                yield found
 
     def _all_scores(self, inputs: Inputs, score: Score) -> NDArray[np.float32]:
         scores = []

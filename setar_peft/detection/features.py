@@ -170,17 +170,43 @@ def reading(
         yield Reader(model, backbone, variants, classes, layers=layers)
 
 
-def taken(
-    reader: Reader, batch: InputBatch, inputs: Inputs, errors: dict[int, str]
-) -> tuple[InputBatch, dict[str, ImageFeatures]]:
-    """What a model can take of a batch, and its features, where it may refuse some inputs.
+def outputs_of(
+    reader: Reader,
+    batch: InputBatch,
+    inputs: Inputs,
+    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    top_k: int,
+) -> tuple[list[int], Outputs | None, dict[int, str]]:
+    """What a model says of a batch whose inputs may be anything.
 
     Args:
-        reader: The model.
+        reader: The model, in one variant.
         batch: The batch.
         inputs: What the batch is of.
-        errors: Gets why the model refuses each of the others, by its place in the inputs.
+        scores: Name -> score, and its settings in full.
+        top_k: How many of the likeliest classes are wanted.
+
+    Returns:
+        Places in `inputs` of what the model took, what it says of those, and by place why others cannot be read, are
+        refused, or have a score that is not finite.
     """
+    errors, outputs = dict(batch.errors), None
+    batch, features = _taken(reader, batch, inputs, errors)
+    for variant, read in features.items():
+        outputs = reader.outputs(variant, read, scores, top_k)
+        finite = torch.stack([values.isfinite() for values in outputs.scores.values()]).all(0).tolist()
+        for number, is_finite in zip(batch.numbers, finite, strict=True):
+            if not is_finite:
+                errors[number] = (
+                    f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
+                )
+    return batch.numbers, outputs, errors
+
+
+def _taken(
+    reader: Reader, batch: InputBatch, inputs: Inputs, errors: dict[int, str]
+) -> tuple[InputBatch, dict[str, ImageFeatures]]:
+    """What the model takes of a batch, and its features; why it refuses the others goes to `errors`."""
     try:
         return batch, reader.features(batch)
     except ValueError:
