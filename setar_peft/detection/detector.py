@@ -356,18 +356,9 @@ class OODDetector:
             for name, read in features.items():
                 yield from reader.readings(name, read, batch.labels, local=self._score.needs_local)
 
-    @property
-    def score(self) -> Score:
-        """The score, fitted where it had to be."""
-        return self._score
-
-    @property
-    def classes(self) -> ClassWeights:
-        """The map from features to logits, on the model's device: for models that classify by texts, the text bank.
-
-        Raises:
-            ValueError: If the model is another than it was made with.
-        """
+    @contextmanager
+    def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
+        """The model, ready to read, with the text bank; refused if it is another than the bank was made with."""
         if state_of(self.model) != self._model_state:
             raise ValueError(
                 "The model has been changed since the detector was made (its weights, or which adapters are active or "
@@ -377,13 +368,8 @@ class OODDetector:
         device = next(self.model.parameters()).device
         if self._bank.weight.device != device:
             self._bank = self._bank.to(device)
-        return self._bank
-
-    @contextmanager
-    def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
-        """The model, ready to read, with the text bank."""
         needed = self._score.needs_layers if layers is None else layers
-        with reading(self.model, self.classes, layers=needed) as reader:
+        with reading(self.model, self._bank, layers=needed) as reader:
             yield reader
 
     def _inputs(self, data: Any) -> Inputs:
