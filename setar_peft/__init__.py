@@ -123,6 +123,15 @@ def _wrap_transformers(integration: Any) -> None:
     mixin.load_adapter = wrapped
 
 
+def _register_pipeline(pipelines: Any) -> None:
+    """Make `pipeline("ood-detection")` known to transformers; the detector is imported when one is made."""
+    from setar_peft.detection.pipeline import TASK, DetectorName, OODDetectionPipeline
+
+    pipelines.PIPELINE_REGISTRY.register_pipeline(
+        TASK, pipeline_class=OODDetectionPipeline, pt_model=DetectorName, type="multimodal"
+    )
+
+
 class _After(MetaPathFinder):
     """Does something with a module once it has been imported, by whomever."""
 
@@ -149,7 +158,11 @@ class _After(MetaPathFinder):
         return spec
 
 
-for _name, _act in (("peft", _register), ("transformers.integrations.peft", _wrap_transformers)):
+for _name, _act in (
+    ("peft", _register),
+    ("transformers.integrations.peft", _wrap_transformers),
+    ("transformers.pipelines", _register_pipeline),
+):
     if _name in sys.modules:
         _act(sys.modules[_name])
     else:
