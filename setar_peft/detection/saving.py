@@ -59,6 +59,7 @@ class HubDetector(ModelHubMixin):
     kind: str
     class_names: list[str]
     prompt: str | Sequence[str] | None
+    batch_size: int
     score_name: str
     settings: dict[str, Any]
     threshold: Threshold | None
@@ -192,7 +193,7 @@ class HubDetector(ModelHubMixin):
         temperature: float | None = None,
         class_names: Any = None,
         prompt: Any = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -216,7 +217,7 @@ class HubDetector(ModelHubMixin):
             temperature: To have another.
             class_names: Refused unless they are the detector's own.
             prompt: Refused unless it is the detector's own.
-            batch_size: Inputs a batch.
+            batch_size: Inputs a batch; by default as it was, for the last digits of a score depend on it.
             revision: Branch, tag or commit on the Hub.
             token: For the Hub; by default that of `hf auth login`.
             cache_dir: Where what comes from the Hub is kept.
@@ -260,7 +261,8 @@ class HubDetector(ModelHubMixin):
             tensors = {name: tensor.to(where) for name, tensor in files.state_tensors.items()}
             fitted = scoring.with_state(files.state, tensors)
             scoring = scoring.with_state(files.unfitted, {})
-        detector._start(model, processor, {fitted: settings}, None, batch_size, files.class_weights.to(where))
+        bank, batch_size = files.class_weights.to(where), batch_size or files.batch_size
+        detector._start(model, processor, {fitted: settings}, None, batch_size, bank)
         detector._unfitted_score = scoring
         detector.folder = folder
         if not is_own or detector.settings != files.settings:
@@ -276,8 +278,8 @@ class HubDetector(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         check_unchanged(self.model, self._model_state)
         facts = ModelFacts.of(self.model)
-        save_detector_model(self.model, save_directory)
         preprocessing = preprocessing_of(self.processor, self.kind)
+        save_detector_model(self.model, save_directory)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
         state, tensors = self._score.state()
@@ -293,6 +295,7 @@ class HubDetector(ModelHubMixin):
             unfitted=self._unfitted_score.state()[0],
             state=state,
             preprocessing=preprocessing,
+            batch_size=self.batch_size,
             versions=versions(),
             class_weights=self._bank,
             threshold=None if found is None else SavedThreshold(**vars(found)),
