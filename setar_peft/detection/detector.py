@@ -286,6 +286,24 @@ class OODDetector(HubDetector):
         self._threshold_in_use()
         return Batched(self, column)
 
+    @property
+    def score(self) -> Score:
+        """The score, fitted where it had to be."""
+        return self._score
+
+    @property
+    def class_weights(self) -> ClassWeights:
+        """The map from features to logits, on the model's device: for models that classify by texts, the text bank.
+
+        Raises:
+            ValueError: If the model is another than it was made with.
+        """
+        check_unchanged(self.model, self._model_state)
+        device = next(self.model.parameters()).device
+        if self._bank.weight.device != device:
+            self._bank = self._bank.to(device)
+        return self._bank
+
     def _records(self, sources: Iterator[Inputs], top_k: int, errors: Errors) -> Iterator[Detection]:
         threshold = self._threshold_in_use().value
         if errors not in ("record", "raise"):
@@ -343,13 +361,9 @@ class OODDetector(HubDetector):
 
     @contextmanager
     def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
-        """The model, ready to read, with the text bank; refused if it is another than the bank was made with."""
-        check_unchanged(self.model, self._model_state)
-        device = next(self.model.parameters()).device
-        if self._bank.weight.device != device:
-            self._bank = self._bank.to(device)
+        """The model, ready to read, with the text bank."""
         needed = self._score.needs_layers if layers is None else layers
-        with reading(self.model, self._bank, layers=needed) as reader:
+        with reading(self.model, self.class_weights, layers=needed) as reader:
             yield reader
 
     def _inputs(self, data: Any) -> Inputs:
