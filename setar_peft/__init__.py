@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from setar_peft.detection.evaluation import evaluate
     from setar_peft.detection.external import PytorchOOD
     from setar_peft.detection.fusion import LayerFusion
+    from setar_peft.detection.result import Evaluation
     from setar_peft.detection.scores import register_score
     from setar_peft.detection.scoring import Score
     from setar_peft.objectives.base import Objective
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CardFacts",
+    "Evaluation",
     "ImageSource",
     "LayerFusion",
     "LoCoOpObjective",
@@ -63,6 +65,7 @@ __all__ = [
 
 _HOMES = {
     "CardFacts": "tuner.config",
+    "Evaluation": "detection.result",
     "ImageSource": "data.images",
     "LayerFusion": "detection.fusion",
     "LoCoOpObjective": "objectives.locoop",
