@@ -1,29 +1,165 @@
-"""A detector on a column of a table, batch by batch: for `datasets.Dataset.map` and its like."""
+"""A detector on a column of a table, batch by batch, also in other processes: for `datasets.Dataset.map` and others."""
 
 from __future__ import annotations
 
+import json
+import os
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor, nn
 
-class _Decides(Protocol):
+from setar_peft.data.contents import digest_of
+from setar_peft.detection.adapters import state_of
+from setar_peft.detection.scoring import Score
+from setar_peft.hub.digests import adapter_digest, model_digest, tensors_digest
+from setar_peft.versions import __version__
+
+COLUMNS = ("label", "probability", "score", "is_id", "threshold", "error")
+
+
+class _Detector(Protocol):
+    model: Any
+    folder: Any
+
     def __call__(self, data: Any) -> Any: ...
+
+    def digest(self) -> str: ...
+
+    @classmethod
+    def from_pretrained(cls, folder: Any) -> Any: ...
+
+
+# Detectors by digest. Processes that are forked from this one have them, too.
+_LIVE: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_HOME = os.getpid()
 
 
 class Batched:
-    """Takes a batch of columns and gives a detector's verdicts as columns; see `OODDetector.on`."""
+    """Takes a batch of columns and gives a detector's verdicts as columns; see `OODDetector.on`.
 
-    def __init__(self, detector: _Decides, column: str) -> None:
-        self._detector, self._column = detector, column
+    Pickled, it holds no model but the detector's digest, which is what caches tell it by, and where the detector lies.
+    In another process it finds the detector again: the one that the process was forked with, or else the one in the
+    folder that it was saved to or loaded from.
+
+    Args:
+        detector: The detector.
+        column: Name of the column with the inputs.
+    """
+
+    def __init__(self, detector: _Detector, column: str) -> None:
+        self._detector: _Detector | None = detector
+        self._kind, self._column = type(detector), column
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns "label", "probability", "score", "is_id", "threshold" and "error" of a batch.
 
         Raises:
-            ValueError: If the batch has no such column.
+            ValueError: If the batch has no such column, or the detector is not to be found in this process.
         """
         if self._column not in batch:
             raise ValueError(f"The batch has the columns {', '.join(batch)}, and no {self._column!r}.")
+        if self._detector is None:
+            self._detector = self._found()
         records = self._detector(list(batch[self._column]))
-        names = ("label", "probability", "score", "is_id", "threshold", "error")
-        return {name: [getattr(record, name) for record in records] for name in names}
+        return {name: [getattr(record, name) for record in records] for name in COLUMNS}
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._detector is not None:
+            self._digest, self._folder = self._detector.digest(), self._detector.folder
+            _LIVE[self._digest] = self._detector
+        return {
+            "kind": self._kind,
+            "column": self._column,
+            "digest": self._digest,
+            "folder": None if self._folder is None else str(self._folder),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._detector = None
+        self._kind, self._column = state["kind"], state["column"]
+        self._digest, self._folder = state["digest"], state["folder"]
+
+    def _found(self) -> _Detector:
+        """The detector that was pickled, in the process that this is now."""
+        live = _LIVE.get(self._digest)
+        if live is not None:
+            return _after_fork(live)
+        if self._folder is None:
+            raise ValueError(
+                "The detector went into another process, which cannot find it there: it was neither saved nor loaded "
+                "from a folder. Call save_pretrained(folder) first, or leave out num_proc."
+            )
+        detector = self._kind.from_pretrained(self._folder)
+        if detector.digest() != self._digest:
+            raise ValueError(
+                f"The detector in {self._folder} is another one than went into this process: its weights, classes, "
+                "score, threshold or preprocessing are others. Save it again, save_pretrained(folder)."
+            )
+        return detector
+
+
+def _after_fork(detector: _Detector) -> _Detector:
+    """A detector of the process that this one may have been forked from, fit for use here."""
+    if os.getpid() != _HOME:
+        device = next(detector.model.parameters()).device
+        if device.type != "cpu":
+            raise ValueError(
+                f"The detector's model is on {device}, which a forked process cannot use; leave out num_proc, or move "
+                "the model to the CPU before the detector is made."
+            )
+        # As in the workers of torch's DataLoader: the threads of the process above are not here, and to wait for them
+        # would be for ever.
+        torch.set_num_threads(1)
+    return detector
+
+
+def content_digest(
+    model: nn.Module, processor: Any, score: Score, values: Sequence[Any], tensors: Mapping[str, Tensor]
+) -> str:
+    """SHA-256 of what decides a detector's verdicts, in hexadecimal; equal again after it was saved and loaded.
+
+    Args:
+        model: The model, whose weights and active adapters count, and not what the adapters are called.
+        processor: Of which the settings count.
+        score: A score of one's own counts by its code.
+        values: What else there is, as plain values.
+        tensors: And as tensors.
+
+    Raises:
+        ValueError: If a weight is not in memory.
+    """
+    from datasets.fingerprint import Hasher
+
+    state, state_tensors = score.state()
+    function = getattr(score.function, "__func__", score.function)
+    named = {f"state {name}": tensor for name, tensor in state_tensors.items()} | dict(tensors)
+    return digest_of(
+        __version__,
+        *_weights(model),
+        *(json.dumps(part, sort_keys=True, default=repr) for part in (_preprocessing(processor), state, list(values))),
+        Hasher.hash([type(score), function]),
+        tensors_digest(named),
+    ).hex()
+
+
+def _weights(model: nn.Module) -> list[str]:
+    _, layers = state_of(model)
+    if any(merged for *_, merged in layers):
+        return [tensors_digest(model.state_dict())]
+    active = dict.fromkeys(name for _, names, disabled, _ in layers if not disabled for name in names)
+    return [model_digest(model), *(adapter_digest(model, name) for name in active)]
+
+
+def _preprocessing(processor: Any) -> list[Any]:
+    """Settings of an image processor, and of a tokenizer without what the last call left in it."""
+    images, tokenizer = getattr(processor, "image_processor", processor), getattr(processor, "tokenizer", processor)
+    settings: list[Any] = [images.to_dict()] if hasattr(images, "preprocess") and hasattr(images, "to_dict") else []
+    if hasattr(tokenizer, "get_vocab"):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        made = {} if backend is None else json.loads(backend.to_str())
+        kept = {key: value for key, value in made.items() if key not in ("truncation", "padding")}
+        settings += [kept or tokenizer.get_vocab(), tokenizer.padding_side, tokenizer.model_max_length]
+    return settings

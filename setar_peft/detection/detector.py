@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from setar_peft.data.inputs import Inputs
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import is_single, source_of, stream_of
 from setar_peft.detection.adapters import state_of
-from setar_peft.detection.batched import Batched
+from setar_peft.detection.batched import Batched, content_digest
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
 from setar_peft.detection.scores import chosen_scores
@@ -53,6 +54,7 @@ class OODDetector:
         threshold: The threshold; None before `fit`.
         id_scores: Scores of the inputs that the threshold was found on, (n,) float32, ascending; empty where there are
             none.
+        folder: Where it was saved to or loaded from last; None where it was not.
 
     Raises:
         ValueError: If the model's family is not known, the classes are not the model's, or a score or setting is
@@ -108,6 +110,7 @@ class OODDetector:
         self.threshold: Threshold | None = None
         self.id_scores: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self._model_state = state_of(model)
+        self.folder: Path | None = None
 
     def fit(self, id_data: Any, tpr: float = 0.95, *, fit_data: Any = None) -> OODDetector:
         """Find the threshold that keeps a share of the in-distribution (ID) inputs; returns the detector itself.
@@ -243,13 +246,24 @@ class OODDetector:
 
         Returns:
             Takes a mapping from column names to lists, and gives the columns "label", "probability", "score", "is_id",
-            "threshold" and "error".
+            "threshold" and "error". It can be pickled; see `Batched`.
 
         Raises:
             ValueError: If the detector has no threshold.
         """
         self._threshold_in_use()
         return Batched(self, column)
+
+    def digest(self) -> str:
+        """SHA-256 of what decides a verdict: weights and active adapters, classes, score, threshold, preprocessing."""
+        bank = self._bank._replace(scale=torch.as_tensor(self._bank.scale))._asdict()
+        return content_digest(
+            self.model,
+            self.processor,
+            self._score,
+            [self.kind, self.class_names, self.score_name, self.settings, self.threshold and self.threshold.value],
+            {name: tensor for name, tensor in bank.items() if tensor is not None},
+        )
 
     def _records(self, sources: Iterator[Inputs], top_k: int, errors: Errors) -> Iterator[Detection]:
         threshold = self._threshold_in_use().value
