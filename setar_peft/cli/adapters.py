@@ -30,12 +30,13 @@ def adapter_config(adapter: str) -> SeTARConfig:
     return config
 
 
-def load_adapter(adapter: str, base: str | None) -> PeftModel:
+def load_adapter(adapter: str, base: str | None, dtype: Any = "auto") -> PeftModel:
     """A saved adapter on its base.
 
     Args:
         adapter: Folder or Hub name.
         base: Folder or Hub name of the base model; by default the one that the adapter's config names.
+        dtype: Of the base's weights; by default the one that they are saved in.
 
     Raises:
         ValueError: If the adapter or its base cannot be loaded or do not belong together.
@@ -57,5 +58,5 @@ def load_adapter(adapter: str, base: str | None) -> PeftModel:
     model_class = getattr(kinds, str(kind), None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ValueError(f"The config of {adapter} names {library}.{kind} as its base, which is no model.")
-    model = getattr(kinds, kind).from_pretrained(name, dtype="auto", revision=None if base else config.revision)
+    model = getattr(kinds, kind).from_pretrained(name, dtype=dtype, revision=None if base else config.revision)
     return PeftModel.from_pretrained(model, adapter, config=config)

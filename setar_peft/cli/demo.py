@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from setar_peft.cli.search import BatchSize, Device, OodWeight, Prompt, TopK
+from setar_peft.cli.options import BatchSize, Device, Prompt
+from setar_peft.cli.search import OodWeight, TopK
 from setar_peft.demo.command import run_demo
 from setar_peft.demo.experiment import Settings
 
