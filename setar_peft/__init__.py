@@ -19,7 +19,10 @@ from setar_peft.versions import __version__
 
 if TYPE_CHECKING:
     from setar_peft.data.images import ImageSource
+    from setar_peft.detection.detector import OODDetector
     from setar_peft.detection.evaluation import evaluate
+    from setar_peft.detection.scores import register_score
+    from setar_peft.detection.scoring import Score
     from setar_peft.objectives.base import Objective
     from setar_peft.objectives.locoop import LoCoOpObjective
     from setar_peft.objectives.loss import locoop_loss
@@ -36,8 +39,10 @@ __all__ = [
     "CardFacts",
     "ImageSource",
     "LoCoOpObjective",
+    "OODDetector",
     "Objective",
     "PatchMetricObjective",
+    "Score",
     "SeTARConfig",
     "SeTARLayer",
     "SeTARModel",
@@ -48,6 +53,7 @@ __all__ = [
     "evaluate",
     "export_lora",
     "locoop_loss",
+    "register_score",
     "search_rank_ratios",
 ]
 
@@ -55,17 +61,20 @@ _HOMES = {
     "CardFacts": "tuner.config",
     "ImageSource": "data.images",
     "LoCoOpObjective": "objectives.locoop",
+    "OODDetector": "detection.detector",
     "Objective": "objectives.base",
     "PatchMetricObjective": "objectives.patch_metric",
     "SeTARConfig": "tuner.config",
     "SeTARLayer": "tuner.layer",
     "SeTARModel": "tuner.model",
+    "Score": "detection.scoring",
     "SearchResult": "search.run",
     "SearchTrace": "search.trace",
     "estimate_cost": "search.estimate",
     "evaluate": "detection.evaluation",
     "export_lora": "tuner.export",
     "locoop_loss": "objectives.loss",
+    "register_score": "detection.scores",
     "search_rank_ratios": "search.run",
 }
 

@@ -296,19 +296,20 @@ class OODDetector:
         """By batch: numbers of the inputs that could be read, what is said of them, and why others are not decided."""
         self._check_score_is_fitted()
         scores = {self.score_name: (self._score, self.settings)}
-        with self._reading() as reader:
-            for batch, features in reader.batches(inputs):
-                errors, outputs = dict(batch.errors), None
-                for variant, read in features.items():
+        for batch in inputs.readable_batches():
+            errors, outputs = dict(batch.errors), None
+            # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
+            with self._reading() as reader:
+                for variant, read in reader.features(batch).items():
                     outputs = reader.outputs(variant, read, scores, top_k)
-                    finite = outputs.scores[self.score_name].isfinite().tolist()
-                    for number, is_finite in zip(batch.numbers, finite, strict=True):
-                        if not is_finite:
-                            errors[number] = (
-                                f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the "
-                                "model."
-                            )
-                yield batch.numbers, outputs, errors
+            if outputs is not None:
+                finite = outputs.scores[self.score_name].isfinite().tolist()
+                broken = [number for number, is_finite in zip(batch.numbers, finite, strict=True) if not is_finite]
+                for number in broken:
+                    errors[number] = (
+                        f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
+                    )
+            yield batch.numbers, outputs, errors
 
     def _all_scores(self, inputs: Inputs, score: Score) -> NDArray[np.float32]:
         scores = []

@@ -6,6 +6,8 @@ a whole, nor those of a batch.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +22,9 @@ from setar_peft.detection.scoring import Reading, Score
 from setar_peft.objectives.base import evaluation_mode
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.objectives.loss import LOCAL_LOGITS_CHUNK
+
+# A model is read by one thread at a time: what runs to its first block is ended by a hook there.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 class Outputs(NamedTuple):
@@ -65,14 +70,19 @@ class Reader:
         There are no features where nothing of a batch could be read.
         """
         for batch in inputs.readable_batches():
-            features = {}
-            if batch.inputs is not None:
-                state = self._tower.start(self.backbone.on_device(batch.inputs), layers=self._layers)
-                state = self._tower.advance(state, self._shared)
-                for name, adapter in self._adapters.items():
-                    with adapter_in_use(self._model, adapter):
-                        features[name] = self.backbone.embedded(self._tower.end(state))
-            yield batch, features
+            yield batch, self.features(batch)
+
+    def features(self, batch: InputBatch) -> dict[str, ImageFeatures]:
+        """By variant of the model the features of what could be read of a batch; empty where nothing could."""
+        if batch.inputs is None:
+            return {}
+        state = self._tower.start(self.backbone.on_device(batch.inputs), layers=self._layers)
+        state = self._tower.advance(state, self._shared)
+        features = {}
+        for name, adapter in self._adapters.items():
+            with adapter_in_use(self._model, adapter):
+                features[name] = self.backbone.embedded(self._tower.end(state))
+        return features
 
     def readings(self, name: str, features: ImageFeatures, labels: Tensor, *, local: bool) -> Iterator[Reading]:
         """What scores read, some inputs at a time, so that local logits stay small.
@@ -154,7 +164,7 @@ def reading(
     """
     variants = {AS_IT_IS: AS_IT_IS} if adapters is None else adapters
     check_adapters(model, variants.values())
-    with evaluation_mode(model) as (backbone, _):
+    with _LOCKS.setdefault(model, threading.RLock()), evaluation_mode(model) as (backbone, _):
         yield Reader(model, backbone, variants, classes, layers=layers)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,27 @@ def test_a_stream_is_read_as_it_comes(detector: Any) -> None:
     np.testing.assert_allclose(
         [record.score for record in (first, *rest)], [record.score for record in expected], atol=1e-6
     )
+
+
+def test_between_two_records_of_a_stream_the_model_is_the_callers(detector: Any) -> None:
+    """A caller may train it, or another thread use it, while a stream waits."""
+    detector.at(threshold=0.0)
+    detector.model.train()
+    for _ in detector.stream(iter(pictures(9))):
+        assert torch.is_grad_enabled()
+        assert detector.model.training
+
+
+def test_several_threads_may_ask_at_once(detector: Any) -> None:
+    detector.at(threshold=0.0)
+    images = pictures(24)
+    expected = [detector(image).score for image in images]
+    other = OODDetector(detector.model, detector.processor, detector.class_names).at(threshold=0.0)
+    with ThreadPoolExecutor(6) as threads:
+        for asked in (detector, other):
+            assert [record.score for record in threads.map(asked, images)] == expected
+        both = threads.map(lambda pair: pair[0](pair[1]).score, zip([detector, other] * 12, images, strict=True))
+        assert list(both) == expected
 
 
 def test_an_unfitted_detector_does_not_decide(detector: Any) -> None:
