@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -99,22 +100,24 @@ class Tower(ABC):
 
     def enter(self, inputs: Mapping[str, Tensor]) -> TowerInput:
         """Run the model's own forward up to its first block and return what the block is called with."""
+        return self._entries(inputs, whole=False)[0]
+
+    def _entries(self, inputs: Mapping[str, Tensor], *, whole: bool) -> list[TowerInput]:
+        """What the first block is called with; or each block, in the model's whole forward."""
         entered: list[TowerInput] = []
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            entered.append(TowerInput(hidden, args[1:], kwargs, self.context(inputs), len(hidden)))
-            raise _FirstBlockReached
+            entered.append(TowerInput(hidden, args[1:], kwargs, self.context(inputs), hidden.shape[0]))
+            if not whole:
+                raise _FirstBlockReached
 
-        handle = self.blocks[0].register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-        try:
+        with ExitStack() as hooks, suppress(_FirstBlockReached):
+            for block in self.blocks if whole else self.blocks[:1]:
+                hooks.callback(block.register_forward_pre_hook(enter, prepend=True, with_kwargs=True).remove)
             self.run(inputs)
-        except _FirstBlockReached:
-            pass
-        finally:
-            handle.remove()
-        return entered[0]
+        return entered
 
     def step(self, entry: TowerInput, level: int, hidden: Tensor) -> Tensor:
         """Run one block: from the input of block `level` to the input of the next."""
@@ -128,6 +131,11 @@ class Tower(ABC):
             inputs: The model's inputs by name.
             layers: Whether the features after each block are wanted, too.
         """
+        if torch.compiler.is_compiling():
+            # A forward that is being exported cannot be stopped; what nobody reads of it is no part of the graph.
+            entries = self._entries(inputs, whole=True)
+            tokens = tuple(self.class_token(entry.hidden) for entry in entries[1:]) if layers else None
+            return TowerState(entries[0], len(entries) - 1, entries[-1].hidden, tokens)
         entry = self.enter(inputs)
         return TowerState(entry, 0, entry.hidden, () if layers else None)
 

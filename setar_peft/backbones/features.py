@@ -70,7 +70,7 @@ class ClassWeights(NamedTuple):
         local_logits = None
         if local:
             if mask is not None:
-                first = patches[torch.arange(len(patches), device=patches.device), mask.int().argmax(-1)]
+                first = patches[torch.arange(patches.shape[0], device=patches.device), mask.int().argmax(-1)]
                 patches = torch.where(mask[..., None], patches, first[:, None])
             local_logits = self.logits(patches)
         return Logits(

@@ -23,8 +23,8 @@ _Output = TypeVar("_Output")
 def decoded(image: Any, channels: int) -> Image.Image:
     """An image as the model's processor takes it: upright by its EXIF orientation, 8 bits a channel.
 
-    16 bits become 8 by division by 257, floats are taken to lie in 0 ... 1, transparency is dropped, as stock
-    processors drop it.
+    16 bits become 8 by division by 257 (white is 65535, also where fewer bits are used), floats are taken to lie in
+    0 ... 1, transparency is dropped, as stock processors drop it.
 
     Args:
         image: A path, a URL, encoded bytes, a mapping with "bytes" or "path" (an undecoded image of `datasets`), a PIL
@@ -42,7 +42,7 @@ def decoded(image: Any, channels: int) -> Image.Image:
         with opened(image) as file:
             return _of_file(file, channels)
     if not isinstance(image, Image.Image):
-        image = _of_array(np.asarray(image))
+        image = _of_array(_as_array(image))
     return _of_picture(image, channels)
 
 
@@ -111,6 +111,8 @@ def _of_file(file: IO[bytes], channels: int) -> Image.Image:
 
 
 def _of_picture(picture: Image.Image, channels: int) -> Image.Image:
+    if not all(picture.size):
+        raise ValueError(f"it has no pixels: {picture.width} x {picture.height}")
     # Asked first: the whole of `exif_transpose` costs a copy where there is nothing to turn.
     upright = ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
     mode = upright.mode
@@ -129,7 +131,7 @@ def _is_16_bit(picture: Image.Image) -> bool:
 
 
 def _from_16_bits(values: NDArray[Any], *, certain: bool) -> NDArray[np.uint8]:
-    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high > _DEEPEST_OF_16_BITS or (0 < high <= _DEEPEST and not certain):
         raise ValueError(
             f"it holds integers of 32 bits from {low} to {high}, and their white is not known; save it with 8 or 16 "
@@ -138,8 +140,23 @@ def _from_16_bits(values: NDArray[Any], *, certain: bool) -> NDArray[np.uint8]:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
+def _as_array(image: Any) -> NDArray[Any]:
+    try:
+        array = np.asarray(image)
+    except Exception:
+        array = np.empty(0, dtype=object)
+    if array.dtype.kind not in "biufc":
+        raise ValueError(
+            f"it is of type {type(image).__name__}, which is no image; give a path, a URL, encoded bytes, a PIL image "
+            "or an array"
+        )
+    return array
+
+
 def _of_array(array: NDArray[Any]) -> Image.Image:
     places = [axis for axis in (2, 0) if array.ndim == 3 and array.shape[axis] in (1, 3, 4)]
+    if not array.size:
+        raise ValueError(f"it is an array of shape {array.shape}, which holds no pixels")
     if array.ndim != 2 and len(places) != 1:
         raise ValueError(
             f"it is an array of shape {array.shape}; give (height, width), or with 1, 3 or 4 channels first or last"
@@ -150,16 +167,17 @@ def _of_array(array: NDArray[Any]) -> Image.Image:
     if array.dtype == bool:
         array = array * np.float32(1)
     if array.dtype.kind == "f":
-        low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+        low, high = (float(array.min()), float(array.max()))
         if not (low >= 0 and high <= 1):
             raise ValueError(
-                f"it holds floating-point values from {low:g} to {high:g}; bring them into 0 ... 1, or give 8 bits"
+                f"it holds floating-point values from {low:g} to {high:g}; bring them into 0 ... 1, or give 8 bits, "
+                "or all pixel values that a processor has made in one tensor"
             )
         array = (array.astype(np.float64) * _DEEPEST).round().astype(np.uint8)
     elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
         array = _from_16_bits(array, certain=True)
     elif array.dtype.kind in "iu" and array.dtype != np.uint8:
-        if array.size and not (array.min() >= 0 and array.max() <= _DEEPEST):
+        if not (array.min() >= 0 and array.max() <= _DEEPEST):
             raise ValueError(f"it is an array of {array.dtype} beyond 0 ... 255; give uint8 or uint16")
         array = array.astype(np.uint8)
     if array.dtype != np.uint8:

@@ -6,6 +6,7 @@ import io
 import re
 import time
 from collections.abc import Mapping
+from errno import ENAMETOOLONG
 from http.client import HTTPException
 from pathlib import Path
 from typing import IO, Any
@@ -37,9 +38,9 @@ def name_of(image: Any) -> str | None:
 
 
 def is_encoded(image: Any) -> bool:
-    """Whether an image is still encoded: a path, a URL, bytes, or a mapping with "bytes" or "path"."""
+    """Whether an image is still encoded: a path, a URL, bytes, or a mapping with "bytes" and "path" alone."""
     if isinstance(image, Mapping):
-        return "bytes" in image or "path" in image
+        return bool(image) and set(image) <= {"bytes", "path"}
     return isinstance(image, (str, Path, io.BytesIO, *_Bytes))
 
 
@@ -48,7 +49,7 @@ def opened(image: Any) -> IO[bytes]:
 
     Args:
         image: A path; a URL (http or https), of which at most `LARGEST_DOWNLOAD` bytes are fetched; encoded bytes; or a
-            mapping with "bytes" or "path", an undecoded image of `datasets`.
+                mapping with "bytes" or "path", an undecoded image of `datasets`.
 
     Raises:
         ValueError: If there is no such file, or the URL does not give one.
@@ -73,7 +74,10 @@ def opened(image: Any) -> IO[bytes]:
             return path.open("rb")
         kind = "it is a folder; give the image files in it" if path.is_dir() else "it is no regular file"
         exists = path.exists()
-    except ValueError:
+    except (OSError, ValueError) as error:
+        # Zeros and names that are too long: strings that are no paths.
+        if getattr(error, "errno", ENAMETOOLONG) != ENAMETOOLONG:
+            raise
         exists = False
     raise ValueError(kind if exists else f"No such file: {str(image)[:_SHOWN]!r}")
 

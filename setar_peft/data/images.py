@@ -31,7 +31,8 @@ class ImageSource(Inputs):
             channel. Not used for pixel values.
         dataset: A folder (with one subfolder a class where labels are wanted), a `datasets.Dataset`, a streamed one
             (read once, to its end, and kept encoded), a `torch.utils.data.Dataset` of (image, label), a tensor of pixel
-            values (images, channels, height, width), or a sequence of paths, PIL images or arrays.
+            values (images, channels, height, width), or a sequence of paths, URLs (http or https), encoded bytes, PIL
+            images or arrays.
         labels: (images,) class indices or class names, for tensors and sequences. Indices are refused beside a data set
             that names its classes and numbers them otherwise.
         class_names: Names of the classes in the labels' order, or a mapping from what the data call them to their
@@ -180,10 +181,12 @@ class ImageSource(Inputs):
         try:
             picture = decoded(image, self._channels)
             processed = self._image_processor(picture, return_tensors="pt", **self._settings)
-            values = {name: torch.as_tensor(value) for name, value in processed.items()}
-            if any(len(value) != 1 for value in values.values()):
-                shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
-                raise ValueError(f"the image processor gives {shapes} for it, which is not one image")
+            # SigLIP 2's model takes more than pixel values: which patches are padding, and how many there are a side.
+            names = getattr(self._image_processor, "model_input_names", ["pixel_values"])
+            values = {name: torch.as_tensor(processed[name]) for name in names if name in processed}
+            if "pixel_values" not in values or any(len(value) != 1 for value in values.values()):
+                shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items()) or "nothing"
+                raise ValueError(f"the image processor gives {shapes} for it, which is not one image's pixel_values")
             if not finite_rows(values)[0]:
                 raise ValueError("the image processor gives values for it that are not finite")
         except Exception as error:
@@ -199,7 +202,9 @@ class ImageSource(Inputs):
         # Those that come first have it if there are as many of another.
         usual = max(shapes.values(), key=list(shapes.values()).count, default=None)
         for number in [number for number, shape in shapes.items() if shape != usual]:
-            both = " and ".join(", ".join(map(str, shape)) for shape in sorted({shapes[number], usual or ()}))
+            both = " and ".join(
+                ", ".join(str(shape) for _, shape in by_name) for by_name in sorted({shapes[number], usual or ()})
+            )
             error = ValueError(
                 f"the image processor gives images of different shapes, {both}; set its do_resize or do_center_crop, "
                 "so that they fit in one batch"
@@ -217,8 +222,8 @@ class _Unread(NamedTuple):
     sentence: str
 
 
-def _shapes(image: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(value.shape[1:]) for value in image.values())
+def _shapes(image: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(value.shape[1:])) for name, value in image.items())
 
 
 def picture_of(pixel_values: Tensor) -> Image.Image:

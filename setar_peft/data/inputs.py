@@ -173,10 +173,9 @@ class Inputs(ABC):
         return self._name(self._row(number)) or f"{self.kind.capitalize()} {self.numbers[number]} (from 0)"
 
     def _unreadable(self, number: int, error: Exception) -> str:
-        reason = str(error) or type(error).__name__
-        if not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__}: {error}"
-        return f"{self._called(number)} cannot be read: {reason.rstrip('.')}."
+        # A `KeyError` or `AttributeError` says little by its message alone.
+        kind = "" if isinstance(error, (OSError, ValueError)) and str(error) else f"{type(error).__name__}: "
+        return f"{self._called(number)} cannot be read: {kind}{error}".rstrip(".: ") + "."
 
     def _batch(
         self, part: Sequence[int], inputs: Tensor | Mapping[str, Tensor] | None, errors: dict[int, str]

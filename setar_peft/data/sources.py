@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from setar_peft.data.files import is_encoded, is_url
 from setar_peft.data.images import ImageSource
 from setar_peft.data.inputs import Inputs, checked_batch_size
 from setar_peft.data.labels import ClassNames
+from setar_peft.data.rows import check_is_one_set
 from setar_peft.data.streams import is_stream, streamed_rows
 from setar_peft.data.text_files import TEXT_SUFFIXES, read_texts
 from setar_peft.data.texts import NamedInputs
@@ -89,12 +90,14 @@ def source_of(
             for text in data:
                 _check_is_no_file(text)
         return NamedInputs(processor, data, labels, text_column=input_column, label_column=label_column, **named)
-    if isinstance(data, Tensor) and data.ndim == 4 and data.is_floating_point():
-        _warn_if_not_normalised(data, processor)
-    elif isinstance(data, Tensor):
-        data = [data] if is_single(data, kind) else list(data)
-    elif is_single(data, kind) and not (isinstance(data, (str, Path)) and class_names is not None and labels is None):
+    # Of what is no folder it is then said that it is none.
+    is_to_have_classes = isinstance(data, (str, Path)) and class_names is not None and labels is None
+    if is_single(data, kind) and not is_to_have_classes:
         data = [data]
+    elif isinstance(data, Tensor) and (_is_stack(data) or (data.ndim == 4 and not data.is_floating_point())):
+        data = list(data)
+    elif isinstance(data, Tensor):
+        _warn_if_not_normalised(data, processor)
     return ImageSource(processor, data, labels, image_column=input_column, label_column=label_column, **named)
 
 
@@ -132,7 +135,10 @@ def stream_of(
 
 def _check(data: Any, kind: Kind) -> None:
     """Refuse what is certain to be a mistake, with what to give instead."""
-    if isinstance(data, Iterator):
+    check_is_one_set(data)
+    if isinstance(data, io.IOBase) and not (kind == "image" and is_encoded(data)):
+        raise ValueError(f"The {kind}s are an open file; give its path as a pathlib.Path.")
+    if is_stream(data) and isinstance(data, Iterator):
         raise ValueError(
             f"The {kind}s are a {type(data).__name__}, which can be read once and has no length; give a list of it, or "
             "stream it."
@@ -218,12 +224,15 @@ def _warn_if_not_normalised(pixel_values: Tensor, processor: Any) -> None:
     mean = getattr(image_processor, "image_mean", None)
     if not getattr(image_processor, "do_normalize", False) or mean is None or not np.min(mean) > 0:
         return
-    low, high = pixel_values[:_NEGATIVES_SEEN].aminmax() if pixel_values.numel() else (torch.tensor(-1), 0)
-    if low >= 0:
+    if not pixel_values.numel():
+        return
+    low, high = pixel_values[:_NEGATIVES_SEEN].aminmax()
+    # A tensor of one value says nothing of where it comes from.
+    if 0 <= low < high:
         warnings.warn(
             f"The tensor of pixel values lies between {float(low):g} and {float(high):g} and has no negative one, so "
             f"that it seems not to be normalised as the processor does it (image_mean {list(mean)}); give the images "
             "themselves, or processor(images).",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from setar_peft.data.rows import Rows, is_of_datasets, local_image, undecoded, u
 
 def is_stream(data: Any) -> bool:
     """Whether data can only be gone through, once or many times, and are not to be held in memory."""
+    if isinstance(data, io.IOBase):
+        return False
     return isinstance(data, (Iterator, torch.utils.data.IterableDataset)) or is_of_datasets(data, "IterableDataset")
 
 

@@ -36,8 +36,8 @@ def read_texts(file: Path, text_column: str | None, label_column: str | None, *,
         labelled: Whether labels are asked for.
 
     Raises:
-        ValueError: If it is no such file, holds no texts, is not in UTF-8, or a row has not as many fields as there are
-            columns.
+        ValueError: If it is no such file, holds no texts, is not in UTF-8, a line holds a carriage return, or a row has
+            not as many fields as there are columns.
     """
     suffix = file.suffix.lower()
     if suffix not in TEXT_SUFFIXES or not file.is_file():
@@ -52,12 +52,15 @@ def read_texts(file: Path, text_column: str | None, label_column: str | None, *,
     else:
         if text_column or label_column:
             raise ValueError(f"{file} has no columns; take the names of columns away, or give a .csv file.")
+        within = next((number for number, line in enumerate(lines, 1) if "\r" in line), None)
+        if within is not None:
+            raise ValueError(f"{file}, line {within}: it holds a carriage return; end each line with a line feed.")
         texts, labels = [line for line in lines if line.strip()], None
         empty = len(lines) - len(texts)
     if not texts:
         raise ValueError(f"{file} holds no texts; give at least one.")
     if empty:
-        warnings.warn(f"{empty} empty lines of {file} are left out.", UserWarning, stacklevel=4)
+        warnings.warn(f"{empty} empty lines of {file} are left out.", UserWarning, stacklevel=3)
     return FileTexts(texts, labels)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from setar_peft.data.contents import digest_of, digest_of_row
-from setar_peft.data.images import picture_of
+from setar_peft.data.images import picture_of, processes_images
 from setar_peft.data.inputs import InputBatch, Inputs, checked_batch_size
 from setar_peft.data.labels import ClassNames, check_has_classes, class_indices
 from setar_peft.data.rows import check_is_one_set, rows_of
@@ -78,8 +78,8 @@ class NamedInputs(Inputs):
             self.kind = "input"
         else:
             self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-            if not callable(self._tokenizer):
-                raise ValueError(f"Texts need the model's tokenizer; processor is {tokenizer!r}.")
+            if not callable(self._tokenizer) or processes_images(self._tokenizer):
+                raise ValueError(f"Texts need the model's tokenizer; processor is {tokenizer!r:.80}.")
             labelled = self.classes is not None and labels is None
             rows = rows_of(data, "text", text_column, label_column, labelled=labelled)
             own, label_names = (rows.labels if labels is None else labels), rows.label_names
@@ -189,7 +189,7 @@ class NamedInputs(Inputs):
     def _cut(self, texts: Mapping[int, str], tokens: Mapping[str, Tensor]) -> list[int]:
         """The places of texts of which the tokenizer leaves something out."""
         longest = getattr(self._tokenizer, "model_max_length", None)
-        if longest is None or tokens["input_ids"].shape[1] < longest:
+        if longest is None or "input_ids" not in tokens or tokens["input_ids"].shape[1] < longest:
             return []
         whole = self._tokenizer(list(texts.values()), padding=False, truncation=False, verbose=False)["input_ids"]
         return [number for number, ids in zip(texts, whole, strict=True) if len(ids) > longest]

@@ -316,6 +316,9 @@ def _per_image(logits: Tensor, temperature: Tensor | float, reduce: Callable[[Te
             f"temperature is {temperature!r}; give a positive number: for the paper's scores the model's logit scale, "
             "such as CLIP's 100, and 1 for a classifier."
         )
+    if torch.compiler.is_compiling():
+        # How many chunks there are depends on the number of images, which an exported graph leaves open.
+        return reduce(logits.float() / temperature)
     images_per_chunk = max(1, _CHUNK_NUMEL // math.prod(logits.shape[1:]))
     return torch.cat([reduce(chunk.float() / temperature) for chunk in torch.split(logits, images_per_chunk)])
 

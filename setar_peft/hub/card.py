@@ -28,7 +28,6 @@ CITATION = """@inproceedings{li2024setar,
 }"""
 
 _PIPELINE_TAGS = {"CLIPModel": "zero-shot-image-classification"}
-_SECTION = re.compile(r"<!-- setar (?P<digest>[0-9a-f]{12}): .*? -->\n(?P<body>.*?)\n<!-- /setar -->", re.DOTALL)
 _NOTE = "written on every save, until it is edited"
 _PRUNE = {
     "minor": "the smallest singular values are removed (the paper's method)",
@@ -56,7 +55,7 @@ def write_model_card(folder: str | Path, config: SeTARConfig, auto_mapping: Mapp
     if auto_mapping and auto_mapping["parent_library"].startswith("transformers."):
         base_class = auto_mapping["base_model_class"]
     _set_metadata(card.data, base_model, config.card, base_class)
-    card.text = _with_section(card.text, _section(Path(folder), config, base_model, base_class))
+    card.text = with_section(card.text, _section(Path(folder), config, base_model, base_class), "setar")
     card.save(path)
 
 
@@ -83,10 +82,18 @@ def _set_metadata(data: ModelCardData, base_model: str | None, facts: CardFacts,
     data.license = facts.license or data.license
 
 
-def _with_section(text: str, section: str) -> str:
+def with_section(text: str, section: str, marker: str) -> str:
+    """A card's text with a section of ours, brought up to date where it stands, or put on top; an edited one is kept.
+
+    Args:
+        text: The card's text without its metadata.
+        section: What the section is to say.
+        marker: What the section is marked with in comments, one word.
+    """
     digest = hashlib.sha256(section.encode()).hexdigest()[:12]
-    marked = f"<!-- setar {digest}: {_NOTE} -->\n{section}\n<!-- /setar -->"
-    found = _SECTION.search(text)
+    marked = f"<!-- {marker} {digest}: {_NOTE} -->\n{section}\n<!-- /{marker} -->"
+    pattern = rf"<!-- {marker} (?P<digest>[0-9a-f]{{12}}): .*? -->\n(?P<body>.*?)\n<!-- /{marker} -->"
+    found = re.search(pattern, text, re.DOTALL)
     if found:
         edited = hashlib.sha256(found["body"].encode()).hexdigest()[:12] != found["digest"]
         return text if edited else text[: found.start()] + marked + text[found.end() :]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,16 +36,16 @@ class SavedThreshold:
 
     Attributes:
         value: A score of this or more is in-distribution.
-        tpr: The level that it was found for, in (0, 1].
-        n: In-distribution inputs that it was found on.
-        interval: Bounds of the TPR that will be realised.
+        tpr: The level that it was found for, in (0, 1]; None for one set by hand.
+        n: In-distribution inputs that it was found on; 0 for one set by hand.
+        interval: Bounds of the TPR that will be realised; None for one set by hand.
         confidence: How sure these bounds are, in (0, 1).
     """
 
     value: float
-    tpr: float
+    tpr: float | None
     n: int
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     confidence: float
 
 
@@ -71,7 +70,7 @@ class DetectorFiles:
         versions: Name -> version, of what the detector was made with.
         class_weights: The classes as rows, and the negative labels.
         threshold: None where the detector was not fitted.
-        id_scores: The scores that the threshold was found on, (n,) float32; None without a threshold.
+        id_scores: The scores that a threshold was found on, (n,) float32; None where there are none.
         state_tensors: What a fitted score has found out, as tensors.
     """
 
@@ -114,9 +113,9 @@ class DetectorFiles:
         data = save(tensors)
         with written_whole(folder) as unfinished:
             digests = {**_digests(Path(folder)), TENSORS_NAME: hashlib.sha256(data).hexdigest()}
-            document = {"format": FORMAT, **self._values(), "files": digests}
-            document["sha256"] = _own_digest(document)
+            document = {"format": FORMAT, **self._values(), "files": digests, "sha256": "0" * 64}
             check_document(document, "the detector")
+            document["sha256"] = _own_digest(document)
             (unfinished / TENSORS_NAME).write_bytes(data)
             text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
             (unfinished / DETECTOR_NAME).write_text(f"{text}\n", encoding="utf-8")
@@ -168,26 +167,19 @@ class DetectorFiles:
         _check_tensor(where, "negative", negative, (count, weight.shape[1]), may_miss=not count)
         if not isinstance(self.prompt, (str, type(None))) and len(self.prompt) != classes:
             raise ValueError(f"{where}: there are {len(self.prompt)} prompts for {classes} classes. {_AGAIN}")
-        if (self.threshold is None) != (self.id_scores is None):
-            raise ValueError(
-                f"{where}: a threshold and the scores that it was found on go together, and one is missing. {_AGAIN}"
-            )
-        if self.threshold is not None:
-            _check_tensor(where, "id_scores", self.id_scores, (self.threshold.n,))
-            assert self.id_scores is not None
-            right = _threshold_of(self.id_scores, self.threshold.tpr)
-            if self.threshold.value != right:
-                raise ValueError(
-                    f"{where}: the threshold is {self.threshold.value!r}, and the {self.threshold.n} scores that it "
-                    f"was found on give {right!r} at the level {self.threshold.tpr}. {_AGAIN}"
-                )
+        if self.id_scores is not None:
+            _check_tensor(where, "id_scores", self.id_scores, (None,))
+        found, known = getattr(self.threshold, "n", 0), 0 if self.id_scores is None else len(self.id_scores)
+        if found and found != known:
+            raise ValueError(f"{where}: the threshold was found on {found} scores, and {known} are here. {_AGAIN}")
         for name, tensor in self.state_tensors.items():
             _check_tensor(where, f"{_STATE}{name}", tensor, None)
 
     def _values(self) -> dict[str, Any]:
         threshold = None
         if self.threshold is not None:
-            threshold = {**vars(self.threshold), "interval": list(self.threshold.interval)}
+            interval = self.threshold.interval
+            threshold = {**vars(self.threshold), "interval": None if interval is None else list(interval)}
         prompt = self.prompt if isinstance(self.prompt, (str, type(None))) else list(self.prompt)
         return {
             "kind": self.kind,
@@ -238,18 +230,13 @@ def detector_folder(name_or_path: str | Path, **hub_settings: Any) -> Path:
         ) from error
 
 
-def _threshold_of(id_scores: Tensor, tpr: float) -> float:
-    """The largest score that `tpr` of the scores or more reach."""
-    n = len(id_scores)
-    rank = min(rank for rank in range(max(1, math.floor(tpr * n) - 1), n + 1) if rank / n >= tpr or rank == n)
-    return float(id_scores.sort(descending=True).values[rank - 1])
-
-
 def _from(document: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> DetectorFiles:
     values = {key: value for key, value in document.items() if key not in ("format", "files", "sha256")}
     threshold = values["threshold"]
     if threshold is not None:
-        values["threshold"] = SavedThreshold(**{**threshold, "interval": tuple(threshold["interval"])})
+        interval = threshold["interval"]
+        interval = None if interval is None else tuple(interval)
+        values["threshold"] = SavedThreshold(**{**threshold, "interval": interval})
     state = {name.removeprefix(_STATE): tensors.pop(name) for name in sorted(tensors) if name.startswith(_STATE)}
     named = {name: tensors.pop(name, None) for name in ("weight", "bias", "scale", "negative", "id_scores")}
     missing = [name for name in ("weight", "scale") if named[name] is None]

@@ -42,7 +42,10 @@ def check_document(document: Any, where: str) -> None:
         )
     _check_fields(document, _DOCUMENT, where)
     if document["threshold"] is not None:
-        _check_fields(document["threshold"], _THRESHOLD, f"{where}, threshold")
+        threshold = document["threshold"]
+        _check_fields(threshold, _THRESHOLD, f"{where}, threshold")
+        if len({threshold["tpr"] is None, threshold["interval"] is None, threshold["n"] == 0}) > 1:
+            raise ValueError(f"{where}: the threshold has some of tpr, n and interval, which go together. {_AGAIN}")
 
 
 def check_plain(what: str, values: Mapping[str, Any]) -> None:
@@ -116,7 +119,6 @@ _TEXT = _Kind("a text", _is_text)
 _TEXTS = _Kind("a list of texts", _are_texts)
 _NAMED = _Kind("named plain values", lambda value: isinstance(value, dict) and _is_plain(value))
 _DIGEST = _Kind("a SHA-256", _is_digest)
-_FRACTION = _Kind("a number above 0 and up to 1", lambda value: _is_number(value) and 0 < value <= 1)
 _DOCUMENT = {
     "format": _Kind(f"the format {FORMAT}", lambda value: type(value) is int and value == FORMAT),
     "kind": _Kind("'image' or 'text'", lambda value: value in ("image", "text")),
@@ -145,8 +147,10 @@ _DOCUMENT = {
 }
 _THRESHOLD = {
     "value": _Kind("a finite number", _is_number),
-    "tpr": _FRACTION,
-    "n": _Kind("a whole number above 0", lambda value: type(value) is int and value > 0),
-    "interval": _Kind("two numbers from 0 to 1 in order", _is_interval),
+    "tpr": _Kind(
+        "a number above 0 and up to 1, or null", lambda value: value is None or (_is_number(value) and 0 < value <= 1)
+    ),
+    "n": _Kind("a whole number", lambda value: type(value) is int and value >= 0),
+    "interval": _Kind("two numbers from 0 to 1 in order, or null", lambda value: value is None or _is_interval(value)),
     "confidence": _Kind("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1),
 }

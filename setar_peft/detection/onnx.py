@@ -1,0 +1,201 @@
+"""A detector as one ONNX graph: inputs in, score, decision, label and logits out.
+
+The graph holds the tower that reads the inputs, with the adapters merged, the class weights (the text bank, or the
+classifier), the score and the threshold. Whatever the tower computes in, the graph takes float32, and the logits, the
+score and its comparison with the threshold are float32.
+
+A graph is compared with the model by onnxruntime before it is put in its place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from setar_peft.backbones import ClassWeights
+from setar_peft.detection.onnx_graph import DetectorGraph, Outputs
+from setar_peft.detection.scoring import Score
+from setar_peft.versions import versions
+
+OnnxDtype = Literal["float32", "float16"]
+
+# How far scores and logits may be from the model's, as a share of the largest of them where that is above 1.
+TOLERANCE: dict[str, float] = {"float32": 1e-4, "float16": 1e-2}
+
+
+@dataclass(frozen=True)
+class OnnxCheck:
+    """What onnxruntime made of a graph beside what the model made of the same inputs.
+
+    Attributes:
+        files: The files written, the graph first.
+        inputs: How many inputs were compared.
+        score_difference: Largest absolute difference of their scores.
+        logit_difference: Largest absolute difference of their logits.
+        undecided: How many scores are so near to the threshold that rounding decides; all other decisions are the same.
+    """
+
+    files: tuple[Path, ...]
+    inputs: int
+    score_difference: float
+    logit_difference: float
+    undecided: int
+
+    def __str__(self) -> str:
+        but = f" but for {self.undecided} at the threshold" if self.undecided else ""
+        beside = f" Its weights are in {self.files[1].name} beside it." if len(self.files) > 1 else ""
+        return (
+            f"Wrote {self.files[0]}: on {self.inputs} inputs its scores are within {self.score_difference:.1e} and its "
+            f"logits within {self.logit_difference:.1e} of the model's, and its decisions the same{but}.{beside}"
+        )
+
+
+def export_onnx(
+    model: nn.Module,
+    classes: ClassWeights,
+    score: Score,
+    settings: Mapping[str, Any],
+    threshold: float,
+    path: str | Path,
+    example: Tensor | Mapping[str, Tensor],
+    *,
+    dtype: OnnxDtype = "float32",
+    metadata: Mapping[str, Any] | None = None,
+) -> OnnxCheck:
+    """Write a model, a score and a threshold as one ONNX graph, and check it.
+
+    The graph takes `pixel_values` (batch, channels, height, width), float32, of the height and width of `example`; of a
+    text model the names in `example`, each (batch, length), int64. It gives `score` (batch,) float32, `is_id` (batch,)
+    bool (score >= threshold), `label` (batch,) int64 (the class of the largest logit) and `logits` (batch, classes)
+    float32.
+
+    Args:
+        model: A stock model of a known family, or one with adapters, whose active ones are merged in a copy. The model
+            itself is left as it was.
+        classes: The map from its features to logits.
+        score: The score, fitted where it has to be.
+        settings: All its settings, as `Score.settings` gives them.
+        threshold: An input with a score of at least this is in-distribution.
+        path: The file, which must not exist yet; it appears whole or not at all. Only where the weights are larger than
+            the 2 GB that one file can hold, they are in `<path>.data` beside it.
+        example: One or more inputs as the model's processor makes them: they give the graph the names and sizes of its
+            inputs, and are among those that it is checked on.
+        dtype: What the tower computes in.
+        metadata: What the graph carries beside score, settings, threshold, dtype and versions, such as class names and
+            preprocessing: name -> what JSON can hold.
+
+    Returns:
+        How far the graph is from the model, which computes in float32 for the comparison.
+
+    Raises:
+        ValueError: If a package is missing, the file exists, the model or the score cannot be exported, or the graph
+            does not give what the model gives.
+
+    Warns:
+        UserWarning: If the model does not compute in float32: its threshold was found on other scores than the graph's.
+    """
+    check_packages()
+    if dtype not in get_args(OnnxDtype):
+        raise ValueError(f"dtype is {dtype!r}; give one of {', '.join(map(repr, get_args(OnnxDtype)))}.")
+    if not math.isfinite(threshold):
+        raise ValueError(f"The threshold is {threshold!r}, with which no score can be compared; fit the detector.")
+    path = Path(path)
+    for file in (path, path.with_name(f"{path.name}.data")):
+        if file.exists():
+            raise ValueError(f"{file} exists; give another path, so that no file is overwritten.")
+    graph = DetectorGraph(model, classes, score, settings, threshold, example)
+    carried = {
+        **(metadata or {}),
+        "score": score.name,
+        "settings": graph.settings,
+        "threshold": graph.threshold.item(),
+        "dtype": dtype,
+        "versions": versions(),
+    }
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in carried.items()}
+    batches = list(_batches(graph))
+    with torch.no_grad():
+        expected = [graph(*batch.values()) for batch in batches]
+    graph.merge(getattr(torch, dtype))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder, path.name)
+        graph.write(written, texts)
+        actual = _run(written, batches)
+        figures = _compared(expected, actual, graph.threshold, TOLERANCE[dtype])
+        files = sorted(Path(folder).iterdir())
+        for file in reversed(files):
+            file.rename(path.parent / file.name)
+    return OnnxCheck(tuple(path.parent / file.name for file in files), *figures)
+
+
+def check_packages() -> None:
+    """Raise a `ValueError` where a package is missing, before anything long has run."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install setar-peft[onnx]")
+
+
+def _batches(graph: DetectorGraph) -> Iterator[dict[str, Tensor]]:
+    """Three inputs and one, of the example and of noise; a text alone is cut to half its length."""
+    generator = torch.Generator().manual_seed(0)
+    example = {name: value[torch.arange(3) % len(value)] for name, value in graph.example.items()}
+    noise = dict(example)
+    for name, value in example.items():
+        if value.is_floating_point():
+            noise[name] = torch.randn(value.shape, generator=generator)
+        elif name == "input_ids":
+            noise[name] = torch.randint(graph.model.config.vocab_size, value.shape, generator=generator)
+    for inputs in (example, noise):
+        alone = {name: value[-1:] for name, value in inputs.items()}
+        if graph.reads_text:
+            attended = alone.get("attention_mask", torch.ones_like(alone["input_ids"]))[0].nonzero().flatten()
+            alone = {name: value[:, attended[: max(2, len(attended) // 2)]] for name, value in alone.items()}
+        yield from (inputs, alone)
+
+
+def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[Outputs]:
+    """What onnxruntime makes of the batches."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    feeds = ({name: value.numpy() for name, value in batch.items()} for batch in batches)
+    return [Outputs(*map(torch.from_numpy, session.run(Outputs._fields, feed))) for feed in feeds]
+
+
+def _compared(
+    expected: Sequence[Outputs], actual: Sequence[Outputs], threshold: Tensor, tolerance: float
+) -> tuple[int, float, float, int]:
+    """How many inputs there are, how far their scores and logits are apart, and how many are left undecided by that.
+
+    Raises:
+        ValueError: If the outputs are further apart than the tolerance, or decide otherwise than it explains.
+    """
+    theirs, ours = (Outputs(*map(torch.cat, zip(*outputs, strict=True))) for outputs in (expected, actual))
+    apart = {name: (getattr(ours, name) - getattr(theirs, name)).abs().max().item() for name in ("score", "logits")}
+    allowed = {name: tolerance * max(1.0, getattr(theirs, name).abs().max().item()) for name in apart}
+    for name, difference in apart.items():
+        if not difference <= allowed[name]:
+            raise ValueError(
+                f"onnxruntime's {name} differs from the model's by up to {difference:.1e}, where {allowed[name]:.1e} "
+                "is allowed, so that nothing was written. In float16 activations may overflow: export float32."
+            )
+    undecided = (theirs.score - threshold).abs() <= allowed["score"]
+    first, second = theirs.logits.topk(min(2, theirs.logits.shape[1])).values.T[[0, -1]]
+    unsure = first - second <= 2 * allowed["logits"]
+    wrong = (ours.is_id != theirs.is_id) & ~undecided | (ours.label != theirs.label) & ~unsure
+    if wrong.any() or not ours.is_id.equal(ours.score >= threshold):
+        raise ValueError(
+            f"onnxruntime decides otherwise than the model on {int(wrong.sum())} of {len(wrong)} inputs, though scores "
+            "and logits agree, so that nothing was written. Try another version of onnxruntime."
+        )
+    return len(wrong), apart["score"], apart["logits"], int(undecided.sum())
