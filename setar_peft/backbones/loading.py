@@ -96,6 +96,33 @@ def load_model(name: str, **kwargs: Any) -> Any:
         ) from error
 
 
+def load_base(name: str, class_name: str, whose: str, **kwargs: Any) -> Any:
+    """The base model of something that was saved, which knows its class; in evaluation mode.
+
+    As what was saved may come from anyone, nothing but a model of transformers is built.
+
+    Args:
+        name: Folder or Hub name of the base.
+        class_name: Its class in transformers.
+        whose: What names it, for messages.
+        kwargs: For `from_pretrained`, such as `dtype`.
+
+    Raises:
+        ValueError: If there is no such class, or the model cannot be loaded.
+    """
+    model_class: Any = getattr(transformers, class_name, None)
+    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not is_model:
+        raise ValueError(f"{whose} names {class_name} as the class of its base, which is no model of transformers.")
+    try:
+        return model_class.from_pretrained(name, **kwargs).eval()
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{whose} has the base {name!r}, which cannot be loaded: {reason} Say where the base is, or give it."
+        ) from error
+
+
 def load_processor(name: str, model: Any) -> Any:
     """The processor of a model.
 

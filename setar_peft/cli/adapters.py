@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 from peft import PeftModel
-from transformers import PreTrainedModel
 
+from setar_peft.backbones.loading import load_base
 from setar_peft.tuner.config import SeTARConfig
 
 AdapterName: TypeAlias = Annotated[str, typer.Argument(help="Folder or Hub name of the adapter.")]
@@ -46,7 +45,7 @@ def load_adapter(adapter: str, base: str | None, dtype: Any = "auto") -> PeftMod
     if not name:
         raise ValueError(f"The config of {adapter} names no base model; give it with --base.")
     config.strict_base = True
-    # The config alone knows the base's class; as it may come from anyone, nothing but a model of transformers is built.
+    # The config alone knows the base's class.
     mapping = config.auto_mapping or {}
     library, kind = mapping.get("parent_library", ""), mapping.get("base_model_class", "")
     if not isinstance(library, str) or not library.startswith("transformers.models."):
@@ -54,9 +53,6 @@ def load_adapter(adapter: str, base: str | None, dtype: Any = "auto") -> PeftMod
             f"The config of {adapter} does not name a transformers model as its base; load it in Python, with "
             "PeftModel.from_pretrained."
         )
-    kinds: Any = importlib.import_module(library)
-    model_class = getattr(kinds, str(kind), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ValueError(f"The config of {adapter} names {library}.{kind} as its base, which is no model.")
-    model = getattr(kinds, kind).from_pretrained(name, dtype=dtype, revision=None if base else config.revision)
+    whose = f"The config of {adapter}"
+    model = load_base(name, str(kind), whose, dtype=dtype, revision=None if base else config.revision)
     return PeftModel.from_pretrained(model, adapter, config=config)

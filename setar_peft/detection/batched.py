@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from setar_peft.data.contents import digest_of
 from setar_peft.detection.adapters import state_of
-from setar_peft.detection.scoring import Score
 from setar_peft.hub.digests import adapter_digest, model_digest, tensors_digest
+from setar_peft.hub.processors import preprocessing_of
 from setar_peft.versions import __version__
 
 COLUMNS = ("label", "probability", "score", "is_id", "threshold", "error")
@@ -24,12 +24,10 @@ class _Detector(Protocol):
     model: Any
     folder: Any
 
-    def __call__(self, data: Any) -> Any: ...
-
-    def digest(self) -> str: ...
+    def __call__(self, data: Any, /) -> Any: ...
 
     @classmethod
-    def from_pretrained(cls, folder: Any) -> Any: ...
+    def from_pretrained(cls, folder: Any, /) -> Any: ...
 
 
 # Detectors by digest. Processes that are forked from this one have them, too.
@@ -68,7 +66,7 @@ class Batched:
 
     def __getstate__(self) -> dict[str, Any]:
         if self._detector is not None:
-            self._digest, self._folder = self._detector.digest(), self._detector.folder
+            self._digest, self._folder = detector_digest(self._detector), self._detector.folder
             _LIVE[self._digest] = self._detector
         return {
             "kind": self._kind,
@@ -93,7 +91,7 @@ class Batched:
                 "from a folder. Call save_pretrained(folder) first, or leave out num_proc."
             )
         detector = self._kind.from_pretrained(self._folder)
-        if detector.digest() != self._digest:
+        if detector_digest(detector) != self._digest:
             raise ValueError(
                 f"The detector in {self._folder} is another one than went into this process: its weights, classes, "
                 "score, threshold or preprocessing are others. Save it again, save_pretrained(folder)."
@@ -116,32 +114,38 @@ def _after_fork(detector: _Detector) -> _Detector:
     return detector
 
 
-def content_digest(
-    model: nn.Module, processor: Any, score: Score, values: Sequence[Any], tensors: Mapping[str, Tensor]
-) -> str:
+def detector_digest(detector: Any) -> str:
     """SHA-256 of what decides a detector's verdicts, in hexadecimal; equal again after it was saved and loaded.
 
+    The model counts by its weights and active adapters, whatever those are called, and a score of one's own by its
+    code.
+
     Args:
-        model: The model, whose weights and active adapters count, and not what the adapters are called.
-        processor: Of which the settings count.
-        score: A score of one's own counts by its code.
-        values: What else there is, as plain values.
-        tensors: And as tensors.
+        detector: The detector.
 
     Raises:
         ValueError: If a weight is not in memory.
     """
     from datasets.fingerprint import Hasher
 
-    state, state_tensors = score.state()
-    function = getattr(score.function, "__func__", score.function)
-    named = {f"state {name}": tensor for name, tensor in state_tensors.items()} | dict(tensors)
+    score, processor, bank = detector._score, detector.processor, detector._bank
+    values, tensors = score.state()
+    known = processor is None or hasattr(processor, "save_pretrained")
+    settings = [
+        values,
+        preprocessing_of(processor, detector.kind) if known else Hasher.hash(processor),
+        *(detector.kind, detector.class_names, detector.score_name, detector.settings),
+        detector.threshold and detector.threshold.value,
+    ]
+    named = bank._replace(scale=torch.as_tensor(bank.scale))._asdict() | {
+        f"score.{key}": tensors[key] for key in tensors
+    }
     return digest_of(
         __version__,
-        *_weights(model),
-        *(json.dumps(part, sort_keys=True, default=repr) for part in (_preprocessing(processor), state, list(values))),
-        Hasher.hash([type(score), function]),
-        tensors_digest(named),
+        *_weights(detector.model),
+        json.dumps(settings, sort_keys=True, default=repr),
+        Hasher.hash([type(score), getattr(score.function, "__func__", score.function)]),
+        tensors_digest({name: tensor for name, tensor in named.items() if tensor is not None}),
     ).hex()
 
 
@@ -151,15 +155,3 @@ def _weights(model: nn.Module) -> list[str]:
         return [tensors_digest(model.state_dict())]
     active = dict.fromkeys(name for _, names, disabled, _ in layers if not disabled for name in names)
     return [model_digest(model), *(adapter_digest(model, name) for name in active)]
-
-
-def _preprocessing(processor: Any) -> list[Any]:
-    """Settings of an image processor, and of a tokenizer without what the last call left in it."""
-    images, tokenizer = getattr(processor, "image_processor", processor), getattr(processor, "tokenizer", processor)
-    settings: list[Any] = [images.to_dict()] if hasattr(images, "preprocess") and hasattr(images, "to_dict") else []
-    if hasattr(tokenizer, "get_vocab"):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        made = {} if backend is None else json.loads(backend.to_str())
-        kept = {key: value for key, value in made.items() if key not in ("truncation", "padding")}
-        settings += [kept or tokenizer.get_vocab(), tokenizer.padding_side, tokenizer.model_max_length]
-    return settings

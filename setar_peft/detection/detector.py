@@ -17,9 +17,11 @@ from setar_peft.data.inputs import Inputs
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import is_single, source_of, stream_of
 from setar_peft.detection.adapters import state_of
-from setar_peft.detection.batched import Batched, content_digest
+from setar_peft.detection.batched import Batched
+from setar_peft.detection.explain import Explanation, explanation_of_batch
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
+from setar_peft.detection.saving import HubDetector
 from setar_peft.detection.scores import chosen_scores
 from setar_peft.detection.scoring import Reading, Score
 from setar_peft.detection.threshold import Threshold
@@ -28,7 +30,7 @@ from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 Errors = Literal["record", "raise"]
 
 
-class OODDetector:
+class OODDetector(HubDetector):
     """Says of an input which class it is, and whether it is any of them at all.
 
     Everything that takes images takes texts where the model reads texts.
@@ -54,7 +56,7 @@ class OODDetector:
         threshold: The threshold; None before `fit`.
         id_scores: Scores of the inputs that the threshold was found on, (n,) float32, ascending; empty where there are
             none.
-        folder: Where it was saved to or loaded from last; None where it was not.
+        folder: Where it was saved to or loaded from last, a folder or a name on the Hub; None where it was not.
 
     Raises:
         ValueError: If the model's family is not known, the classes are not the model's, or a score or setting is
@@ -111,6 +113,7 @@ class OODDetector:
         self.id_scores: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self._model_state = state_of(model)
         self.folder: Path | None = None
+        self._lost_threshold = ""
 
     def fit(self, id_data: Any, tpr: float = 0.95, *, fit_data: Any = None) -> OODDetector:
         """Find the threshold that keeps a share of the in-distribution (ID) inputs; returns the detector itself.
@@ -238,6 +241,31 @@ class OODDetector:
                     features[batch.numbers] = read.pooled.cpu().numpy()
         return Columns([inputs.name(number) for number in range(len(inputs))], {"features": features}, errors)
 
+    def explain(self, data: Any) -> Explanation:
+        """Which patch of an image, or token of a text, speaks for which class; also without a threshold.
+
+        Args:
+            data: One input, as for a call.
+
+        Returns:
+            The map as arrays, and as a picture: `explain(image).figure().savefig("why.png")`.
+
+        Raises:
+            ValueError: If it is not one input, or cannot be read.
+        """
+        inputs = self._inputs(data)
+        if len(inputs) != 1:
+            raise ValueError(f"There are {len(inputs)} {self.kind}s; an explanation is of one: give them one by one.")
+        (batch,) = inputs.readable_batches()
+        _raise_first(batch.errors)
+        score = None if self._score.needs_fit else float(self.scores(inputs)["score"][0])
+        # Cosines where the score reads no patches, as GL-MCM does.
+        temperature = self.settings.get("temperature") if self._score.needs_local else None
+        with self._reading(layers=False) as reader:
+            return explanation_of_batch(
+                reader, batch, self.processor, self.class_names, temperature=temperature, score=score
+            )
+
     def on(self, column: str) -> Batched:
         """The detector as a function of a batch of columns: `dataset.map(detector.on("image"), batched=True)`.
 
@@ -253,17 +281,6 @@ class OODDetector:
         """
         self._threshold_in_use()
         return Batched(self, column)
-
-    def digest(self) -> str:
-        """SHA-256 of what decides a verdict: weights and active adapters, classes, score, threshold, preprocessing."""
-        bank = self._bank._replace(scale=torch.as_tensor(self._bank.scale))._asdict()
-        return content_digest(
-            self.model,
-            self.processor,
-            self._score,
-            [self.kind, self.class_names, self.score_name, self.settings, self.threshold and self.threshold.value],
-            {name: tensor for name, tensor in bank.items() if tensor is not None},
-        )
 
     def _records(self, sources: Iterator[Inputs], top_k: int, errors: Errors) -> Iterator[Detection]:
         threshold = self._threshold_in_use().value
@@ -331,12 +348,7 @@ class OODDetector:
     @contextmanager
     def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
         """The model, ready to read, with the text bank; refused if it is another than the bank was made with."""
-        if state_of(self.model) != self._model_state:
-            raise ValueError(
-                "The model has been changed since the detector was made (its weights, or which adapters are active or "
-                "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and "
-                "fit it."
-            )
+        self._check_unchanged()
         device = next(self.model.parameters()).device
         if self._bank.weight.device != device:
             self._bank = self._bank.to(device)
@@ -344,14 +356,22 @@ class OODDetector:
         with reading(self.model, self._bank, layers=needed) as reader:
             yield reader
 
+    def _check_unchanged(self) -> None:
+        if state_of(self.model) != self._model_state:
+            raise ValueError(
+                "The model has been changed since the detector was made (its weights, or which adapters are active or "
+                "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and "
+                "fit it."
+            )
+
     def _inputs(self, data: Any) -> Inputs:
         return source_of(data, self.processor, self.kind, batch_size=self.batch_size)
 
     def _threshold_in_use(self) -> Threshold:
         if self.threshold is None:
             raise ValueError(
-                "The detector has no threshold, so that it cannot decide; call fit(id_data) on held-out "
-                "in-distribution inputs, or at(threshold=...). scores(data) works without."
+                f"The detector has no threshold{self._lost_threshold}, so that it cannot decide; call fit(id_data) on "
+                "held-out in-distribution inputs, or at(threshold=...). scores(data) works without."
             )
         return self.threshold
 

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from setar_peft.backbones import Logits, PatchGrid
+from setar_peft.backbones import Logits, PatchGrid, named_inputs
+from setar_peft.backbones.grid import picture_of
+from setar_peft.data.inputs import InputBatch
+from setar_peft.detection.features import Reader
 from setar_peft.plots.explanation import patch_figure, token_figure
 
 if TYPE_CHECKING:
@@ -134,6 +137,32 @@ def explanation_of(
         picture,
         None if tokens is None else tuple(tokens),
     )
+
+
+def explanation_of_batch(
+    reader: Reader, batch: InputBatch, processor: Any, class_names: Sequence[str], **known: Any
+) -> Explanation:
+    """What a model says of the patches of a batch of one input.
+
+    Args:
+        reader: The model, with one map from features to logits.
+        batch: The input, which could be read.
+        processor: What made it, by which picture or tokens are shown.
+        class_names: Names of the classes.
+        known: `temperature` and `score`, as for `explanation_of`.
+    """
+    assert batch.inputs is not None
+    ((variant, features),) = reader.features(batch).items()
+    logits = reader.classes[variant].logits_of(features)
+    named, grid = named_inputs(batch.inputs), reader.backbone.patch_grid(batch.inputs)
+    if "pixel_values" in named:
+        image_processor = getattr(processor, "image_processor", processor)
+        picture = as_picture(picture_of(named, grid), image_processor)
+        return explanation_of(logits, class_names, grid, picture=picture, **known)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    ids = named["input_ids"][0, 1:].tolist()  # the first stands for the whole text
+    tokens = [tokenizer.decode([number]).strip() or str(number) for number in ids]
+    return explanation_of(logits, class_names, grid, tokens=tokens, **known)
 
 
 def as_picture(pixels: Tensor, processor: Any = None) -> Image.Image:

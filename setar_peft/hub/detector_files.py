@@ -65,6 +65,7 @@ class DetectorFiles:
         model_type: The base's family in transformers.
         model_class: The base's class in transformers.
         dtype: Of the base's weights, such as "float32".
+        attention: How the base computes its attention, such as "sdpa": its last digits depend on it.
         base_sha256: `model_digest` of the base.
         adapter_sha256: `adapter_digest` of the adapter; None without one.
         versions: Name -> version, of what the detector was made with.
@@ -85,6 +86,7 @@ class DetectorFiles:
     model_type: str
     model_class: str
     dtype: str
+    attention: str
     base_sha256: str
     adapter_sha256: str | None
     versions: Mapping[str, str]
@@ -194,6 +196,7 @@ class DetectorFiles:
             "model_type": self.model_type,
             "model_class": self.model_class,
             "dtype": self.dtype,
+            "attention": self.attention,
             "base_sha256": self.base_sha256,
             "adapter_sha256": self.adapter_sha256,
             "versions": dict(self.versions),

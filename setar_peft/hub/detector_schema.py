@@ -136,6 +136,7 @@ _DOCUMENT = {
     "model_type": _TEXT,
     "model_class": _TEXT,
     "dtype": _TEXT,
+    "attention": _TEXT,
     "base_sha256": _DIGEST,
     "adapter_sha256": _Kind("a SHA-256 or null", lambda value: value is None or _is_digest(value)),
     "versions": _Kind(

@@ -32,6 +32,18 @@ def model_digest(model: nn.Module) -> str:
     Raises:
         ValueError: If an adapter is merged, or a weight is not in memory.
     """
+    return tensors_digest(base_tensors(model))
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights by their names, without those of its adapters.
+
+    Args:
+        model: A model, with PEFT's adapters around or in it or without.
+
+    Raises:
+        ValueError: If an adapter is merged.
+    """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     adapters: list[str] = []
     for name, module in base.named_modules():
@@ -45,13 +57,11 @@ def model_digest(model: nn.Module) -> str:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             adapters += [f"{name}.{kind}" for kind in module.adapter_layer_names]
     left_out = tuple(f"{prefix}." for prefix in adapters)
-    return tensors_digest(
-        {
-            _WRAPPED.sub("", plain_name(name)): tensor
-            for name, tensor in base.state_dict().items()
-            if not name.startswith(left_out)
-        }
-    )
+    return {
+        _WRAPPED.sub("", plain_name(name)): tensor
+        for name, tensor in base.state_dict().items()
+        if not name.startswith(left_out)
+    }
 
 
 def adapter_digest(model: nn.Module, adapter_name: str) -> str:

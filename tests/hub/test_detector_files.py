@@ -39,6 +39,7 @@ def sample(**changes: Any) -> DetectorFiles:
         "model_type": "clip",
         "model_class": "CLIPModel",
         "dtype": "float32",
+        "attention": "sdpa",
         "base_sha256": "0" * 64,
         "adapter_sha256": "a" * 64,
         "versions": {"torch": "2.13.0"},
