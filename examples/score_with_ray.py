@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 import ray
 
 PART = 1000  # images
-SCHEMA = {
-    **{"id": pa.string(), "label": pa.string(), "probability": pa.float32(), "score": pa.float32()},
-    **{"is_id": pa.bool_(), "threshold": pa.float32(), "error": pa.string()},
-}
+COLUMNS = ["label", "probability", "score", "is_id", "threshold", "error"]
+KINDS = [pa.string(), pa.float32(), pa.float32(), pa.bool_(), pa.float32(), pa.string()]
+SCHEMA = pa.schema([("id", pa.string()), *zip(COLUMNS, KINDS, strict=True)])
 
 
 def parts_of(folder: Path) -> list[dict]:
@@ -60,7 +59,7 @@ class Scorer:
             ids = [f"{part['file']}#{part['group']}.{row}" for row in range(len(images))]
         columns = {"id": ids, **self.verdicts({self.column: images})}
         unfinished = self.output / f".{name}.{os.getpid()}"
-        pq.write_table(pa.table({key: pa.array(columns[key], kind) for key, kind in SCHEMA.items()}), unfinished)
+        pq.write_table(pa.table(columns, SCHEMA), unfinished)
         unfinished.rename(self.output / name)
         return {"images": [len(ids)]}
 

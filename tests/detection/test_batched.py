@@ -140,6 +140,23 @@ def test_pickled_it_holds_no_model_and_is_found_again(make: Any, monkeypatch: py
         pickle.loads(content)({"image": images})
 
 
+def test_elsewhere_it_is_loaded_from_its_folder(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its folder it is the same detector also for a cache, and nobody takes another one for it."""
+    detector = make(0.25)
+    images = pictures(3)
+    unsaved = pickle.loads(pickle.dumps(detector.on("image"))).__getstate__()["digest"]
+    detector.save_pretrained(tmp_path / "detector")
+    content = pickle.dumps(detector.on("image"))
+    monkeypatch.setattr(batched, "_LIVE", {})
+    elsewhere = pickle.loads(content)
+    assert elsewhere({"image": images})["score"] == [record.score for record in detector(images)]
+    assert elsewhere.__getstate__()["digest"] == unsaved
+    make(0.25, threshold=2.0).save_pretrained(tmp_path / "detector")
+    batched._LIVE.clear()
+    with pytest.raises(ValueError, match=r"another one than went into this process.*Save it again"):
+        pickle.loads(content)({"image": images})
+
+
 def test_a_model_on_a_gpu_is_refused_in_a_forked_process(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = make()
     content = pickle.dumps(detector.on("image"))
