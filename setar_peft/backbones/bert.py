@@ -47,6 +47,10 @@ class BertTower(Tower):
         tokens = self.head[self._dense](block.output(block.intermediate(tokens), tokens)).tanh()
         return tokens[:, 0], tokens[:, 1:], mask[:, 1:]
 
+    def class_token(self, hidden: Tensor) -> Tensor:
+        """The first token after a block, through the layer on top, (texts, d)."""
+        return self.head[self._dense](hidden[:, 0]).tanh()
+
 
 class BertBackbone(ClassifierBackbone):
     """A stock `transformers.BertForSequenceClassification`.

@@ -73,13 +73,18 @@ class ClassWeights(NamedTuple):
                 first = patches[torch.arange(patches.shape[0], device=patches.device), mask.int().argmax(-1)]
                 patches = torch.where(mask[..., None], patches, first[:, None])
             local_logits = self.logits(patches)
+        negative = None
+        if self.negative is not None:
+            # A model that classifies by texts has one bias for them all (SigLIP), if any.
+            bias = None if self.bias is None else self.bias[:1].expand(len(self.negative))
+            negative = ClassWeights(self.negative, bias).logits(pooled)
         return Logits(
             self.logits(pooled),
             local_logits,
             self.scale,
             mask,
             None if layers is None else self.logits(layers),
-            None if self.negative is None else ClassWeights(self.negative).logits(pooled),
+            negative,
         )
 
 

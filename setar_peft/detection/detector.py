@@ -137,7 +137,7 @@ class OODDetector(HubDetector):
             to_fit = inputs.shard(0, 2) if fit_data is None else self._inputs(fit_data)
             inputs = inputs.shard(1, 2) if fit_data is None else inputs
             with self._reading() as reader:
-                score = score.fit(self._readings(reader, to_fit))
+                score = score.fit(self._readings(reader, to_fit), **self.settings)
         elif fit_data is not None:
             raise ValueError(f"The score {score.name} has nothing to fit; leave fit_data out.")
         scores = self._all_scores(inputs, score)

@@ -269,7 +269,7 @@ def image_scores(
     with evaluation_mode(model) as (backbone, _):
         classes = objective.class_weights(backbone)
         scale = float(classes.scale)
-        settings = {
+        settings: dict[str, dict[str, Any]] = {
             name: {
                 setting: value.item() if isinstance(value, Tensor) else value
                 for setting, value in entry.settings(scale, given[name]).items()

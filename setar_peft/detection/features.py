@@ -100,7 +100,7 @@ class Reader:
             step = max(1, LOCAL_LOGITS_CHUNK.get(features.local.device.type, 2**24) // max(1, numel))
         for start in range(0, len(features.pooled), step):
             part = features.part(slice(start, start + step))
-            yield Reading(classes.logits_of(part, local=local), part, labels[start : start + step])
+            yield Reading(classes.logits_of(part, local=local), part, labels[start : start + step], classes)
 
     def settings(self, name: str, score: Score, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every setting of a score, as plain values, of a variant of the model."""
@@ -124,7 +124,7 @@ class Reader:
         local = any(score.needs_local for score, _ in scores.values())
         unlabelled = torch.full((len(features.pooled),), -1)
         top, probabilities, values = [], [], []
-        for logits, part, _ in self.readings(name, features, unlabelled, local=local):
+        for logits, part, *_ in self.readings(name, features, unlabelled, local=local):
             # Stable: between equal logits the first class is the prediction, as `argmax` has it.
             order = logits.pooled.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
             top.append(order)

@@ -13,6 +13,7 @@ default temperature, and `score`, which knows the scale, has the paper's.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -20,15 +21,18 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from setar_peft.backbones import Logits
+from setar_peft.detection.neglabel import neglabel
+from setar_peft.detection.per_image import check_count, check_logits, per_image
 from setar_peft.detection.scoring import Score
 
 if TYPE_CHECKING:
-    from setar_peft.backbones import Logits
+    from setar_peft.backbones import ImageFeatures
 
 Pooling = Literal["patch", "class"]
 
-# Logits taken to float32 at a time: 64 MiB, whatever the number of images.
-_CHUNK_NUMEL = 1 << 24
+# From this many classes on `logit_gap` reads a fifth of them, below it half (paper, Table 8: 100 and 1,000; 10 and 20).
+_MANY_CLASSES = 100
 
 
 def mcm(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -45,8 +49,8 @@ def mcm(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
         ValueError: If the logits are not 2-D and floating with at least one class, or the temperature is not
             positive.
     """
-    _check_logits("global_logits", global_logits, ("n", "classes"))
-    return _per_image(global_logits, temperature, lambda scaled: scaled.softmax(-1).amax(-1))
+    check_logits("global_logits", global_logits, ("n", "classes"))
+    return per_image(global_logits, temperature, lambda scaled: scaled.softmax(-1).amax(-1))
 
 
 def msp(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -76,11 +80,11 @@ def local_mcm(local_logits: Tensor, temperature: Tensor | float, pooling: Poolin
         ValueError: If the logits are not 3-D and floating with at least one patch and class, the temperature
             is not positive, or the pooling is unknown.
     """
-    _check_logits("local_logits", local_logits, ("n", "patches", "classes"))
+    check_logits("local_logits", local_logits, ("n", "patches", "classes"))
     if pooling == "patch":
-        return _per_image(local_logits, temperature, lambda scaled: scaled.softmax(-1).amax((1, 2)))
+        return per_image(local_logits, temperature, lambda scaled: scaled.softmax(-1).amax((1, 2)))
     if pooling == "class":
-        return _per_image(local_logits, temperature, lambda scaled: scaled.amax(1).softmax(-1).amax(-1))
+        return per_image(local_logits, temperature, lambda scaled: scaled.amax(1).softmax(-1).amax(-1))
     raise ValueError(
         f"pooling is {pooling!r}; write one of {', '.join(map(repr, get_args(Pooling)))}: 'patch' is the "
         "softmax within each patch, of the published code, 'class' the paper's Eq. 2."
@@ -112,8 +116,8 @@ def gl_mcm(
     """
     if not 0 <= local_weight < math.inf:
         raise ValueError(f"local_weight is {local_weight!r}; give a finite number of 0 or more, such as the paper's 1.")
-    _check_logits("global_logits", global_logits, ("n", "classes"))
-    _check_logits("local_logits", local_logits, ("n", "patches", "classes"))
+    check_logits("global_logits", global_logits, ("n", "classes"))
+    check_logits("local_logits", local_logits, ("n", "patches", "classes"))
     if local_logits.shape[::2] != global_logits.shape:
         raise ValueError(
             f"global_logits have shape {tuple(global_logits.shape)} and local_logits "
@@ -138,8 +142,8 @@ def max_logit(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tenso
     Raises:
         ValueError: As `mcm`.
     """
-    _check_logits("global_logits", global_logits, ("n", "classes"))
-    return _per_image(global_logits, temperature, lambda scaled: scaled.amax(-1))
+    check_logits("global_logits", global_logits, ("n", "classes"))
+    return per_image(global_logits, temperature, lambda scaled: scaled.amax(-1))
 
 
 def energy(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
@@ -158,8 +162,8 @@ def energy(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
     Raises:
         ValueError: As `mcm`.
     """
-    _check_logits("global_logits", global_logits, ("n", "classes"))
-    return _per_image(global_logits, temperature, lambda scaled: temperature * scaled.logsumexp(-1))
+    check_logits("global_logits", global_logits, ("n", "classes"))
+    return per_image(global_logits, temperature, lambda scaled: temperature * scaled.logsumexp(-1))
 
 
 def entropy(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -178,9 +182,9 @@ def entropy(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
     Raises:
         ValueError: As `mcm`.
     """
-    _check_logits("global_logits", global_logits, ("n", "classes"))
+    check_logits("global_logits", global_logits, ("n", "classes"))
     # entr is 0 where p underflows to 0; p * log(p) would be NaN there.
-    return _per_image(global_logits, temperature, lambda scaled: -torch.special.entr(scaled.softmax(-1)).sum(-1))
+    return per_image(global_logits, temperature, lambda scaled: -torch.special.entr(scaled.softmax(-1)).sum(-1))
 
 
 def variance(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -196,10 +200,45 @@ def variance(global_logits: Tensor, temperature: Tensor | float) -> Tensor:
     Raises:
         ValueError: As `mcm`.
     """
-    _check_logits("global_logits", global_logits, ("n", "classes"))
+    check_logits("global_logits", global_logits, ("n", "classes"))
     # The mean of a softmax is 1 / classes; Tensor.var warns about a set without images.
     mean = 1 / global_logits.shape[-1]
-    return _per_image(global_logits, temperature, lambda scaled: (scaled.softmax(-1) - mean).square().mean(-1))
+    return per_image(global_logits, temperature, lambda scaled: (scaled.softmax(-1) - mean).square().mean(-1))
+
+
+def logit_gap(global_logits: Tensor, temperature: Tensor | float, top_n: int | None = None) -> Tensor:
+    """LogitGap: the largest logit minus the mean of the next ones.
+
+    Source: Liang et al., 2025, https://arxiv.org/abs/2510.20134. Its Eq. 8 counts the largest logit as one of the N;
+    the published code takes N logits below it, and so does this. The authors read cosines of a CLIP and the logits of a
+    classifier; being linear, the score is ordered alike at every temperature.
+
+    Args:
+        global_logits: (n, classes), floating.
+        temperature: Divides the logits, > 0; the authors' is the model's logit scale, `Logits.scale`.
+        top_n: How many logits below the largest, from 1 to classes - 1. By default a fifth of the classes, and half of
+            them where there are fewer than 100, rounded down: 200 of 1,000, 20 of 100, 10 of 20, 5 of 10, as in the
+            paper's Table 8, which leaves open what is between 20 and 100.
+
+    Returns:
+        (n,) float32, at least 0.
+
+    Raises:
+        ValueError: As `mcm`; if there are fewer than two classes; or if top_n is out of its range.
+    """
+    check_logits("global_logits", global_logits, ("n", "classes"))
+    classes = global_logits.shape[-1]
+    if classes < 2:
+        raise ValueError("global_logits have one class; logit_gap compares classes, so give logits of two or more.")
+    if top_n is None:
+        top_n = classes // (5 if classes >= _MANY_CLASSES else 2)
+    check_count("top_n", top_n, classes - 1, f"there are {classes} classes")
+
+    def gap(scaled: Tensor) -> Tensor:
+        largest = scaled.topk(top_n + 1, dim=-1).values
+        return largest[:, 0] - largest[:, 1:].mean(-1)
+
+    return per_image(global_logits, temperature, gap)
 
 
 SCORES: dict[str, Score] = {
@@ -213,34 +252,62 @@ SCORES: dict[str, Score] = {
         Score(energy),
         Score(entropy, of_cosines=True),
         Score(variance, of_cosines=True),
+        Score(logit_gap, of_cosines=True),
+        Score(neglabel),
     )
 }
 
+# Where scores are made that have a name in two parts: "layer_fusion:mcm" is LayerFusion("mcm"). They stand above this.
+FAMILIES = {
+    "layer_fusion": ("setar_peft.detection.fusion", "LayerFusion"),
+    "pytorch_ood": ("setar_peft.detection.external", "PytorchOOD"),
+}
 
-def register_score(new: Score) -> Score:
-    """Make a score known by its name.
+
+def register_score(new: Score | Callable[..., Tensor]) -> Score:
+    """Make a score known by its name: in lists of scores, on the command line, and to a detector that is loaded.
+
+    Args:
+        new: A `Score`, or a function that becomes one.
 
     Raises:
-        ValueError: If another score has that name.
+        ValueError: If another score has that name, or it is none (see `Score`).
     """
-    if SCORES.setdefault(new.name, new) is not new:
-        raise ValueError(f"There is a score {new.name!r} already; give yours another name: Score(function, name=...).")
-    return new
+    found = new if isinstance(new, Score) else Score(new)
+    _check_name(found)
+    return SCORES.setdefault(found.name, found)
 
 
 def find_score(wanted: str | Score | Callable[..., Tensor]) -> Score:
-    """The entry of `SCORES` under a name; a score as it is; or a function as a score (see `Score`).
+    """The score under a name; a score as it is; or a function as a score (see `Score`).
+
+    Args:
+        wanted: A key of `SCORES`, or a name such as "layer_fusion:mcm"; a score; or a function.
 
     Raises:
-        ValueError: If there is no such score.
+        ValueError: If there is no such score, it is none, or another one is known under its name.
     """
+    if not isinstance(wanted, (str, Score)):
+        wanted = next((known for known in SCORES.values() if known.function is wanted), None) or Score(wanted)
     if isinstance(wanted, Score):
+        _check_name(wanted)
         return wanted
-    if not isinstance(wanted, str):
-        return Score(wanted)
+    family, _, made_of = wanted.partition(":")
+    if wanted not in SCORES and family in FAMILIES:
+        module, maker = FAMILIES[family]
+        found: Score = getattr(importlib.import_module(module), maker)(made_of)
+        return found
     if wanted not in SCORES:
-        raise ValueError(f"score is {wanted!r}; write one of {', '.join(map(repr, SCORES))}.")
+        families = "".join(f", or '{family}:...'" for family in FAMILIES)
+        raise ValueError(f"score is {wanted!r}; write one of {', '.join(map(repr, SCORES))}{families}.")
     return SCORES[wanted]
+
+
+def _check_name(score: Score) -> None:
+    if SCORES.get(score.name, score) is not score:
+        raise ValueError(
+            f"There is a score {score.name!r} already; give yours another name: Score(function, name=...)."
+        )
 
 
 def chosen_scores(
@@ -276,13 +343,16 @@ def chosen_scores(
     return {found.name: (found, {**shared, **settings}) for found, settings in given}
 
 
-def score(wanted: str | Score | Callable[..., Tensor], logits: Logits, **settings: Any) -> Tensor:
+def score(
+    wanted: str | Score | Callable[..., Tensor], logits: Logits, features: ImageFeatures | None = None, **settings: Any
+) -> Tensor:
     """A score of some inputs, at the paper's temperature unless another is given.
 
     Args:
-        wanted: A key of `SCORES`, a `Score`, or a function.
+        wanted: See `find_score`.
         logits: From `image_logits` or `Backbone.logits`; local ones are read where the score `needs_local`. Made by
             hand, `Logits(pooled, local, scale=100.0)` are 100 times cosines, and a classifier's have the scale 1.
+        features: From `Backbone.embedded`; for a score that reads them.
         settings: `temperature`, > 0: by default `logits.scale` for scores of cosines (MCM and its kin, entropy,
             variance), 1 for those of the model's own logits (MSP, max-logit, energy). And what else the score's
             function takes: `pooling`, `local_weight`.
@@ -293,45 +363,7 @@ def score(wanted: str | Score | Callable[..., Tensor], logits: Logits, **setting
     Raises:
         ValueError: If the name is unknown, the score reads something that is missing, or it refuses its arguments.
     """
+    if not isinstance(logits, Logits):
+        raise ValueError(f"logits is a {type(logits).__name__}; give Logits(pooled, local, scale).")
     found = find_score(wanted)
-    return found(logits, **found.settings(logits.scale, settings))
-
-
-def _per_image(logits: Tensor, temperature: Tensor | float, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """`reduce` over runs of images in float32, so that the set as a whole is never copied to float32.
-
-    Args:
-        logits: (n, ..., classes).
-        temperature: Divides the logits, > 0.
-        reduce: Takes (m, ..., classes), float32 and divided by the temperature, to (m,).
-
-    Returns:
-        (n,) float32.
-
-    Raises:
-        ValueError: If the temperature is not positive.
-    """
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature is {temperature!r}; give a positive number: for the paper's scores the model's logit scale, "
-            "such as CLIP's 100, and 1 for a classifier."
-        )
-    if torch.compiler.is_compiling():
-        # How many chunks there are depends on the number of images, which an exported graph leaves open.
-        return reduce(logits.float() / temperature)
-    images_per_chunk = max(1, _CHUNK_NUMEL // math.prod(logits.shape[1:]))
-    return torch.cat([reduce(chunk.float() / temperature) for chunk in torch.split(logits, images_per_chunk)])
-
-
-def _check_logits(argument: str, logits: Tensor, axes: tuple[str, ...]) -> None:
-    shape = tuple(logits.shape)
-    if logits.ndim != len(axes):
-        hint = " Join the height and width of the patches: logits.flatten(1, 2)." if logits.ndim == 4 else ""
-        raise ValueError(
-            f"{argument} have shape {shape}, {logits.ndim} dimensions; give {len(axes)}: ({', '.join(axes)}).{hint}"
-        )
-    if not logits.is_floating_point():
-        raise ValueError(f"{argument} have dtype {logits.dtype}; give floating logits, as the model made them.")
-    for axis, size in zip(axes[1:], shape[1:], strict=True):
-        if size == 0:
-            raise ValueError(f"{argument} have shape {shape}, no {axis}; give at least one.")
+    return found(logits, features, **found.settings(logits.scale, settings))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from setar_peft.backbones import ImageFeatures, Logits
+from setar_peft.backbones import ClassWeights, ImageFeatures, Logits
 
 # What a score's parameter of that name is given.
 READABLE: dict[str, str] = {
@@ -27,11 +27,13 @@ class Reading(NamedTuple):
         logits: Their logits.
         features: Their features, as the class weights take them.
         labels: (n,) class indices; -1 for inputs without labels.
+        classes: The map from the features to the logits; for a score that has to be fitted and reads it.
     """
 
     logits: Logits
     features: ImageFeatures
     labels: Tensor
+    classes: ClassWeights | None = None
 
 
 class Score:
@@ -54,16 +56,19 @@ class Score:
         reads: Names of what it reads.
 
     Raises:
-        ValueError: If the function reads nothing, or is meant for cosines and has no setting `temperature`.
+        ValueError: If it is no function, or one whose parameters cannot be given by name; if it reads nothing, or is
+            meant for cosines and has no setting `temperature`; or if the name is no text.
     """
 
     def __init__(self, function: Callable[..., Tensor], *, of_cosines: bool = False, name: str | None = None) -> None:
         if not callable(function):
             raise ValueError(f"The score {function!r} is no function; give a name or a function of logits.")
         self.function = function
-        self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        self.name = str(getattr(function, "__name__", type(function).__name__)) if name is None else name
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name is {name!r}; give what tables should call the score, such as 'margin'.")
         self.of_cosines = of_cosines
-        parameters = inspect.signature(function).parameters
+        parameters = _parameters(function, self.name)
         self.reads = frozenset(parameters) & frozenset(READABLE)
         self._settings = {name: value.default for name, value in parameters.items() if name not in self.reads}
         if not self.reads:
@@ -135,22 +140,28 @@ class Score:
             )
         return values.float()
 
-    def fit(self, readings: Iterable[Reading]) -> Score:
+    def fit(self, readings: Iterable[Reading], **given: Any) -> Score:
         """The score with what it has to find out on in-distribution inputs first; itself where that is nothing.
 
         Args:
             readings: What the model says of the inputs; read once.
+            given: Settings that the score will be computed with, where they are not its own.
         """
-        del readings
+        del readings, given
         return self
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What was found out by `fit`, to be saved: plain values, and tensors."""
+        """How the score was made and what `fit` found out, to be saved: plain values (JSON), and tensors."""
         return {}, {}
 
     def with_state(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Score:
-        """The score as it was fitted, from `state`."""
-        del values, tensors
+        """The score that `state` is of, from one that `find_score` finds under the same name.
+
+        Raises:
+            ValueError: If it is no such state.
+        """
+        if values or tensors:
+            raise ValueError(f"The score {self.name} has nothing to be fitted, and {sorted({*values, *tensors})} came.")
         return self
 
     def _read(self, logits: Logits, features: ImageFeatures | None) -> dict[str, Tensor]:
@@ -170,3 +181,20 @@ class Score:
                 f"The score {self.name!r} reads what is not there: {listed}. {how}, or take a score that does without."
             )
         return read
+
+
+def _parameters(function: Callable[..., Tensor], name: str) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a score's function, each of which can be given by its name."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The score {name} does not say what its parameters are ({error}); wrap it in a function that names them."
+        ) from error
+    unnamed = [str(one) for one in parameters.values() if one.kind not in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    if unnamed:
+        raise ValueError(
+            f"The score {name} has the parameter {', '.join(unnamed)}, which is not given by name; wrap it in a "
+            "function that names what it reads and its settings."
+        )
+    return parameters

@@ -55,6 +55,54 @@ def features_of(model: nn.Module, inputs: Any) -> ImageFeatures:
     return backbone_of(model).image_features(inputs)
 
 
+@torch.no_grad()
+def features_by_block_are_of_the_hidden_states(
+    model: Any, inputs: dict[str, torch.Tensor], stock: Callable[..., Any], project: Callable[..., torch.Tensor]
+) -> None:
+    """Features after each block are what the model's own head makes of its own hidden states, with an adapter, too.
+
+    Args:
+        model: A stock model.
+        inputs: Its inputs.
+        stock: Runs the model, or what was made of it by PEFT, with `output_hidden_states`.
+        project: Takes hidden states (n, tokens, width) to features (n, d), with the modules of the stock model.
+    """
+
+    def by_block(model: Any) -> torch.Tensor:
+        base = getattr(model, "get_base_model", lambda: model)()
+        backbone = backbone_of(base)
+        found, hidden = backbone.image_features(inputs, layers=True), stock(model).hidden_states[1:]
+        assert len(hidden) == len(backbone.towers[backbone.input_tower].blocks) > 1
+        assert found.layers is not None
+        expected = torch.stack([project(base, states) for states in hidden], dim=1)
+        torch.testing.assert_close(found.layers, expected, rtol=1e-5, atol=1e-5)
+        # No two blocks are alike, or the comparison would not see them exchanged; and the last is what is pooled.
+        assert (expected.diff(dim=1).abs().amax((0, 2)) > 1e-2).all()
+        assert torch.equal(found.layers[:, -1], found.pooled)
+        plain = backbone.image_features(inputs)
+        assert plain.layers is None
+        torch.testing.assert_close(plain.pooled, found.pooled, rtol=0, atol=0)
+        return found.layers
+
+    plain = by_block(model)
+    targets = backbone_of(model).modules_of_type("W_up")
+    middle = next(
+        name for name in targets if backbone_of(model).locate(name)[:2] == (backbone_of(model).input_tower, 1)
+    )
+    adapted = get_peft_model(model, SeTARConfig(rank_ratios={middle: 0.4}, target_modules=[middle])).eval()
+    truncated = by_block(adapted)
+    # The block below the truncated one is as it was; that one and those above are not.
+    torch.testing.assert_close(truncated[:, 0], plain[:, 0], rtol=0, atol=0)
+    assert ((truncated - plain).abs().amax((0, 2))[1:] > 1e-3).all()
+
+
+@torch.no_grad()
+def has_no_features_by_block(model: Any, inputs: Any) -> None:
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no class token that runs through all blocks"):
+        backbone_of(model).image_features(inputs, layers=True)
+    assert backbone_of(model).image_features(inputs).layers is None
+
+
 def same_search_by_replay_and_in_full(model: Any, objective: Objective, **settings: Any) -> dict[str, float]:
     """A search by replay decides as one that evaluates each candidate in full, to the same losses."""
     config = SeTARConfig(candidate_ratios=CANDIDATES, **settings)

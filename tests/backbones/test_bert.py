@@ -66,6 +66,16 @@ def test_logits_are_the_models_own_and_local_ones_go_past_the_attention(tiny: An
     assert logits.mask.sum(1).tolist() == [len(text.split()) + 1 for text in TEXTS]
 
 
+def test_features_by_block(tiny: Any, tokens: dict[str, Tensor]) -> None:
+    def project(model: Any, hidden: Tensor) -> Tensor:
+        on_top = model.bert.pooler.dense if hasattr(model, "bert") else model.classifier.dense
+        return torch.tanh(on_top(hidden[:, 0]))
+
+    checks.features_by_block_are_of_the_hidden_states(
+        tiny, tokens, lambda model: model(**tokens, output_hidden_states=True), project
+    )
+
+
 def test_a_text_without_a_mask_has_no_padding(tiny: Any) -> None:
     tokens = checks.WordTokenizer()(["a cat", "a dog"], padding=True)
     mask = checks.logits_of(tiny, {"input_ids": tokens["input_ids"]}).mask

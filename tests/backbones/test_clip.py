@@ -57,6 +57,18 @@ def test_features_and_logits_are_the_published_ones(
     assert near(logits.local, golden_clip["logits_local"].flatten(1, 2))
 
 
+def test_features_by_block(tiny: Any) -> None:
+    images = {"pixel_values": checks.random_images(3, 3, 48, 48)}
+    checks.features_by_block_are_of_the_hidden_states(
+        tiny,
+        images,
+        lambda model: getattr(model, "get_base_model", lambda: model)().vision_model(
+            **images, output_hidden_states=True
+        ),
+        lambda model, hidden: model.visual_projection(model.vision_model.post_layernorm(hidden)[:, 0]),
+    )
+
+
 @pytest.mark.parametrize("top_k", [2, 3, 5, 6])
 def test_ood_patches_are_the_published_ones(
     load_clip: Callable[..., CLIPModel], golden_clip: dict[str, Tensor], top_k: int

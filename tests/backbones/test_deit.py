@@ -46,6 +46,17 @@ def test_logits_are_the_models_own_and_local_ones_go_past_the_attention(tiny: An
     assert logits.local.shape == (3, 16, len(checks.CLASSES))
 
 
+def test_features_by_block(tiny: Any) -> None:
+    """The class token, and with a teacher the distillation token beside it."""
+    images, read = {"pixel_values": checks.random_images(3, 3, 32, 32)}, 2 if hasattr(tiny, "cls_classifier") else 1
+    checks.features_by_block_are_of_the_hidden_states(
+        tiny,
+        images,
+        lambda model: model(**images, output_hidden_states=True),
+        lambda model, hidden: model.deit.layernorm(hidden)[:, :read].flatten(1),
+    )
+
+
 def test_the_last_block_computes_only_what_is_read(tiny: Any) -> None:
     """Both special tokens attend, and every token goes through the MLP once."""
     tokens_of = checks.tokens_in_the_last_block(

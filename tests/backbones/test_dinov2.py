@@ -62,6 +62,21 @@ def test_logits_are_the_models_own_and_local_ones_a_patchs_share(tiny: Any, size
 
 
 @needs_5_18
+def test_features_by_block(tiny: Any) -> None:
+    """The class token beside the mean of the patches, which the registers are not."""
+    images = {"pixel_values": checks.random_images(3, 3, 42, 28)}
+
+    def project(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = model.base_model.layernorm(hidden)
+        patches = tokens[:, -((42 // 7) * (28 // 7)) :]
+        return torch.cat([tokens[:, 0], patches.mean(1)], dim=-1)
+
+    checks.features_by_block_are_of_the_hidden_states(
+        tiny, images, lambda model: model(**images, output_hidden_states=True), project
+    )
+
+
+@needs_5_18
 def test_search(tiny: Any) -> None:
     assert default_target_modules(tiny.config.model_type) == {"mlp.fc1", "mlp.up_proj"}
     checks.weights_are_where_they_should_be(tiny)

@@ -15,6 +15,7 @@ from setar_peft.backbones import backbone_of, default_target_modules
 from setar_peft.data.images import ImageSource
 from setar_peft.detection.evaluation import image_logits, image_scores
 from setar_peft.detection.scores import local_mcm, score
+from setar_peft.objectives.class_prompts import ClassPrompts
 from tests.backbones import checks
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -92,6 +93,11 @@ def test_padded_patches_of_siglip2(tiny2: Any, tokens: dict[str, Tensor]) -> Non
     torch.testing.assert_close(logits.local[logits.mask], local[logits.mask], rtol=1e-5, atol=1e-5)
 
 
+def test_there_is_no_class_token(tiny: Any, tiny2: Any) -> None:
+    checks.has_no_features_by_block(tiny, checks.random_images(3, 3, 32, 32))
+    checks.has_no_features_by_block(tiny2, flexible_images(3))
+
+
 def test_padded_patches_count_for_nothing(tiny2: Any) -> None:
     inputs = flexible_images(12)
     losses = checks.make_objective(inputs, checks.WordTokenizer()).losses(tiny2)
@@ -145,6 +151,19 @@ def test_the_temperature_is_the_scale_alone(tiny: Any) -> None:
     logits = image_logits(tiny, objective, checks.random_images(12, 3, 32, 32))
     cosines = (logits.pooled - tiny.logit_bias.item()) / 110.0
     torch.testing.assert_close(score("mcm", logits), cosines.softmax(-1).amax(-1), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_labels_that_are_none_of_the_classes_have_the_models_own_logits(tiny: Any) -> None:
+    """With its bias, or NegLabel's softmax would weigh them against classes that have it."""
+    prompts = ClassPrompts(checks.WordTokenizer(), checks.CLASSES, negative_labels=["photo", "a", "of"])
+    images, backbone = checks.random_images(3, 3, 32, 32), backbone_of(tiny)
+    logits = backbone.logits(images, prompts.class_weights(backbone))
+    texts = [*prompts.prompts, *(f"a photo of a {label}" for label in prompts.negative_labels)]
+    tokens = checks.WordTokenizer()(texts, padding="max_length", max_length=12)
+    expected = tiny(pixel_values=images, **tokens).logits_per_image
+    torch.testing.assert_close(logits.pooled, expected[:, :4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.negative, expected[:, 4:], rtol=1e-5, atol=1e-5)
 
 
 def test_scores_of_padded_patches_are_those_of_the_others(tiny2: Any) -> None:

@@ -45,6 +45,10 @@ def test_logits_are_the_models_own_and_local_ones_go_past_the_attention(tiny: An
     torch.testing.assert_close(logits.local, local, rtol=1e-5, atol=1e-5)
 
 
+def test_there_is_no_class_token(tiny: Any) -> None:
+    checks.has_no_features_by_block(tiny, checks.random_images(3, 3, 64, 64))
+
+
 def test_search(tiny: Any) -> None:
     assert default_target_modules("swin") == {"mlp.fc1"}
     checks.weights_are_where_they_should_be(tiny)

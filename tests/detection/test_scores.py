@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from setar_peft.backbones import Logits
-from setar_peft.detection import scores
-from setar_peft.detection.scores import SCORES, find_score, gl_mcm, local_mcm
+from setar_peft.detection import per_image, scores
+from setar_peft.detection.neglabel import neglabel
+from setar_peft.detection.scores import SCORES, find_score, gl_mcm, local_mcm, logit_gap
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,8 +35,13 @@ PUBLISHED = {
 }
 
 
+def negative_of(pooled: Tensor) -> Tensor:
+    """Three negative labels for any logits (n, classes): each as likely as the least likely class."""
+    return pooled.amin(-1, keepdim=True).expand(-1, 3) if pooled.ndim == 2 and pooled.shape[1] else pooled
+
+
 def score(name: str, pooled: Tensor, local: Tensor | None = None, *, scale: float = 1.0, **settings: Any) -> Tensor:
-    return scores.score(name, Logits(pooled, local, scale), **settings)
+    return scores.score(name, Logits(pooled, local, scale, negative=negative_of(pooled)), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +64,8 @@ def one_by_one(name: str, image: list[float], patches: list[list[float]], temper
     probabilities = softmax_in_double(image, temperature)
     largest_of_patches = max(max(softmax_in_double(patch, temperature)) for patch in patches)
     mean = math.fsum(probabilities) / len(probabilities)
+    ranked = sorted(image, reverse=True)
+    beside_negative = softmax_in_double([*image, *[min(image)] * 3], temperature)
     return {
         "mcm": max(probabilities),
         "msp": max(probabilities),
@@ -66,6 +75,8 @@ def one_by_one(name: str, image: list[float], patches: list[list[float]], temper
         "energy": temperature * math.log(math.fsum(math.exp(logit / temperature) for logit in image)),
         "entropy": math.fsum(p * math.log(p) for p in probabilities),
         "variance": math.fsum((p - mean) ** 2 for p in probabilities) / len(probabilities),
+        "logit_gap": (ranked[0] - math.fsum(ranked[1:4]) / 3) / temperature,
+        "neglabel": math.fsum(beside_negative[: len(image)]),
     }[name]
 
 
@@ -114,7 +125,9 @@ def test_definition_image_by_image(logits, name: str, temperature: float) -> Non
         for image, patches in zip(global_logits.tolist(), local_logits.tolist(), strict=True)
     ]
     ours = score(name, global_logits, local_logits, temperature=temperature)
-    torch.testing.assert_close(ours.double(), torch.tensor(expected).double(), rtol=2e-6, atol=1e-6)
+    # A difference of logits keeps their rounding.
+    atol = 1e-5 if name == "logit_gap" else 1e-6
+    torch.testing.assert_close(ours.double(), torch.tensor(expected).double(), rtol=2e-6, atol=atol)
 
 
 def test_two_classes_in_closed_form() -> None:
@@ -128,6 +141,8 @@ def test_two_classes_in_closed_form() -> None:
         "energy": temperature * torch.nn.functional.softplus(gap.double() / temperature),
         "entropy": p * p.log() + (1 - p) * (1 - p).log(),
         "variance": (p - 0.5) ** 2,
+        "logit_gap": gap.double().abs() / temperature,
+        "neglabel": 1 / (1 + 3 * (1 - p)),
     }
     assert sorted(expected) == sorted(GLOBAL_SCORES)
     for name, values in expected.items():
@@ -173,6 +188,8 @@ def test_stays_in_its_range(logits, name: str, temperature: float) -> None:
     classes = global_logits.shape[1]
     largest = global_logits.amax(-1)
     low, high = {
+        "logit_gap": (0.0, math.inf),
+        "neglabel": (0.0, 1.0),
         "mcm": (1 / classes, 1.0),
         "msp": (1 / classes, 1.0),
         "local_mcm": (1 / classes, 1.0),
@@ -227,13 +244,13 @@ def test_no_image_and_one_image(logits, name: str, images: int) -> None:
     assert torch.equal(few, score(name, global_logits, local_logits)[:images])
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", sorted(set(SCORES) - {"logit_gap"}))
 def test_one_class_and_impossible_classes_are_numbers(name: str) -> None:
     one_class = score(name, torch.full((3, 1), 5.0), torch.full((3, 2, 1), 5.0))
     assert one_class.isfinite().all()
     ruled_out = torch.tensor([[3.0, 1.0, -math.inf]])
     without = ruled_out[:, :2]
-    if name != "variance":  # the mean over classes counts those ruled out
+    if name not in ("variance", "neglabel"):  # which count those ruled out
         torch.testing.assert_close(score(name, ruled_out, ruled_out[:, None]), score(name, without, without[:, None]))
 
 
@@ -263,7 +280,7 @@ def test_bfloat16_logits_keep_distinct_scores() -> None:
 @pytest.mark.parametrize("chunk_numel", [1, 130, 1000])
 def test_chunks_change_nothing(logits, monkeypatch, name: str, chunk_numel: int) -> None:
     whole = score(name, *logits)
-    monkeypatch.setattr(scores, "_CHUNK_NUMEL", chunk_numel)
+    monkeypatch.setattr(per_image, "_CHUNK_NUMEL", chunk_numel)
     assert torch.equal(score(name, *logits), whole)
 
 
@@ -271,19 +288,19 @@ def test_chunks_change_nothing(logits, monkeypatch, name: str, chunk_numel: int)
 def test_no_float32_copy_of_the_set(logits, monkeypatch, pooling) -> None:
     global_logits, local_logits = (tensor.bfloat16() for tensor in logits)
     budget = 4 * local_logits[0].numel()
-    monkeypatch.setattr(scores, "_CHUNK_NUMEL", budget)
+    monkeypatch.setattr(per_image, "_CHUNK_NUMEL", budget)
     with LargestFloat32() as largest:
         gl_mcm(global_logits, local_logits, 1.0, pooling)
     assert local_logits[0].numel() <= largest.numel <= budget
-    monkeypatch.setattr(scores, "_CHUNK_NUMEL", 10**9)
+    monkeypatch.setattr(per_image, "_CHUNK_NUMEL", 10**9)
     with LargestFloat32() as largest:
         gl_mcm(global_logits, local_logits, 1.0, pooling)
     assert largest.numel == local_logits.numel()
 
 
 def test_default_chunk_holds_many_real_images() -> None:
-    assert 4 * scores._CHUNK_NUMEL <= 64 * 2**20
-    assert scores._CHUNK_NUMEL // (14 * 14 * 1000) >= 64
+    assert 4 * per_image._CHUNK_NUMEL <= 64 * 2**20
+    assert per_image._CHUNK_NUMEL // (14 * 14 * 1000) >= 64
 
 
 def test_inputs_are_left_alone(logits) -> None:
@@ -299,9 +316,11 @@ def test_every_score_is_named_once() -> None:
         for name, function in inspect.getmembers(scores, inspect.isfunction)
         if function.__module__ == scores.__name__ and not name.startswith("_")
     }
+    public |= {neglabel.__name__}
     assert public - {"score", "find_score", "chosen_scores", "register_score"} == set(SCORES)
     for name, entry in SCORES.items():
         assert entry.function is getattr(scores, name)
+        assert find_score(entry.function) is entry
         arguments = list(inspect.signature(entry.function).parameters)
         assert set(arguments[: len(entry.reads)]) == entry.reads
         assert arguments[len(entry.reads)] == "temperature"
@@ -312,9 +331,10 @@ def test_every_score_is_named_once() -> None:
 def test_a_score_of_cosines_has_no_temperature_of_its_own(logits) -> None:
     """So that nobody takes the softmax of a CLIP's scaled logits without having said so."""
     for name, entry in SCORES.items():
-        assert entry.of_cosines == (name in {"mcm", "local_mcm", "gl_mcm", "entropy", "variance"})
-        names = ("global_logits", "local_logits")
-        read = [part for part, kind in zip(logits, names, strict=True) if kind in entry.reads]
+        assert entry.of_cosines == (name in {"mcm", "local_mcm", "gl_mcm", "entropy", "variance", "logit_gap"})
+        names = ("global_logits", "local_logits", "negative_logits")
+        held = (*logits, negative_of(logits[0]))
+        read = [part for part, kind in zip(held, names, strict=True) if kind in entry.reads]
         if entry.of_cosines:
             with pytest.raises(TypeError, match="temperature"):
                 entry.function(*read)
@@ -326,7 +346,7 @@ def test_a_score_of_cosines_has_no_temperature_of_its_own(logits) -> None:
 def test_the_temperature_by_default_is_the_papers(logits, name: str) -> None:
     """Cosines at 1 where the paper's score reads cosines, the model's own logits at 1 elsewhere."""
     cosines = [part / 100 for part in logits]
-    reads_cosines = name not in ("msp", "max_logit", "energy")
+    reads_cosines = name not in ("msp", "max_logit", "energy", "neglabel")
     expected = score(name, *(cosines if reads_cosines else logits), temperature=1.0)
     torch.testing.assert_close(score(name, *logits, scale=100.0), expected)
     torch.testing.assert_close(score(name, *logits, scale=torch.tensor(100.0)), expected)
@@ -464,3 +484,104 @@ def test_global_and_local_logits_of_different_sets(shape: tuple[int, ...]) -> No
     assert str(shape) in message
     assert "same n images" in message
     assert "same classes" in message
+
+
+def naive_logit_gap(logits: np.ndarray, below: int) -> np.ndarray:
+    """The published definition, with a sort of each row."""
+    return np.array([row[-1] - row[-1 - below : -1].mean() for row in np.sort(logits, axis=1)])
+
+
+@pytest.mark.parametrize(
+    ("classes", "below"), [(2, 1), (3, 1), (10, 5), (20, 10), (99, 49), (100, 20), (104, 20), (1000, 200)]
+)
+def test_logit_gap_reads_as_many_logits_as_the_papers_table(classes: int, below: int) -> None:
+    logits = 3 * torch.randn(30, classes, generator=torch.Generator().manual_seed(classes))
+    expected = torch.from_numpy(naive_logit_gap(logits.double().numpy(), below))
+    torch.testing.assert_close(logit_gap(logits, 1.0).double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(logit_gap(logits, 1.0), logit_gap(logits, 1.0, top_n=below))
+
+
+def test_logit_gap_between_its_neighbours() -> None:
+    """One logit below the largest is the margin, all of them the distance from their mean."""
+    logits = torch.randn(30, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, second = logits.topk(2).values.unbind(-1)
+    torch.testing.assert_close(score("logit_gap", logits, top_n=1).double(), first - second, rtol=1e-5, atol=1e-6)
+    others = (logits.sum(-1) - first) / 11
+    torch.testing.assert_close(score("logit_gap", logits, top_n=11).double(), first - others, rtol=1e-5, atol=1e-6)
+    gaps = [score("logit_gap", logits, top_n=below) for below in range(1, 12)]
+    assert all((wider >= narrower).all() for narrower, wider in itertools.pairwise(gaps))
+
+
+@pytest.mark.parametrize("wrong", [0, 12, -1, 2.0, True, "5"])
+def test_logit_gap_of_too_many_or_no_logits(wrong: Any) -> None:
+    message = message_of(score, "logit_gap", torch.zeros(3, 12), top_n=wrong)
+    assert f"top_n is {wrong!r}; there are 12 classes, so give a whole number from 1 to 11" in message
+
+
+def test_logit_gap_of_one_class() -> None:
+    assert "one class; logit_gap compares classes" in message_of(score, "logit_gap", torch.zeros(3, 1))
+
+
+def naive_neglabel(logits: np.ndarray, negative: np.ndarray, groups: int) -> np.ndarray:
+    """The published definition in double precision, group by group, with the labels dealt in turn."""
+    kept = negative[:, : negative.shape[1] // groups * groups]
+    found = []
+    for group in range(groups):
+        joined = np.concatenate([logits, kept[:, group::groups]], axis=1)
+        weights = np.exp(joined - joined.max(1, keepdims=True))
+        found.append(weights[:, : logits.shape[1]].sum(1) / weights.sum(1))
+    return np.mean(found, axis=0)
+
+
+@pytest.mark.parametrize(("labels", "groups"), [(1, 1), (7, 1), (99, 1), (250, 2), (1055, 10), (20100, 100)])
+def test_neglabel_has_groups_of_a_hundred_and_a_hundred_groups_at_most(labels: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(labels)
+    logits, negative = (20 + 4 * torch.randn(12, count, generator=generator) for count in (9, labels))
+    expected = torch.from_numpy(naive_neglabel(logits.double().numpy(), negative.double().numpy(), groups))
+    torch.testing.assert_close(neglabel(logits, negative).double(), expected, rtol=2e-6, atol=1e-9)
+    assert torch.equal(neglabel(logits, negative), neglabel(logits, negative, groups=groups))
+
+
+def test_neglabel_leaves_the_last_labels_out_that_make_no_group() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, negative = (20 + 4 * torch.randn(12, count, generator=generator) for count in (9, 11))
+    by_four = neglabel(logits, negative, groups=4)
+    assert torch.equal(by_four, neglabel(logits, negative[:, :8], groups=4))
+    assert not torch.equal(by_four, neglabel(logits, negative[:, 3:], groups=4))
+    # A group holds every fourth label: exchanging two of one group changes nothing, of two groups something.
+    within, across = [4, 1, 2, 3, 0, 5, 6, 7], [1, 0, 2, 3, 4, 5, 6, 7]
+    torch.testing.assert_close(neglabel(logits, negative[:, within], groups=4), by_four, rtol=1e-6, atol=0)
+    assert (neglabel(logits, negative[:, across], groups=4) - by_four).abs().max() > 1e-4
+
+
+def test_neglabel_of_a_clip_is_at_the_published_temperature() -> None:
+    """Softmax of cosines over 0.01, on logits of a model whose scale is 100."""
+    generator = torch.Generator().manual_seed(0)
+    cosines, negative = (0.2 + 0.03 * torch.randn(12, count, generator=generator) for count in (9, 40))
+    found = scores.score("neglabel", Logits(100 * cosines, None, 100.0, negative=100 * negative))
+    expected = torch.cat([cosines, negative], dim=1).double().div(0.01).softmax(-1)[:, :9].sum(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_neglabel_falls_with_the_negative_labels() -> None:
+    logits = torch.zeros(24, 5)
+    rising = torch.arange(24.0)[:, None].expand(-1, 6)
+    assert (neglabel(logits, rising).diff() < 0).all()
+
+
+def test_neglabel_without_its_labels() -> None:
+    message = message_of(scores.score, "neglabel", Logits(torch.zeros(2, 3), None, 100.0))
+    assert "'neglabel' reads what is not there: negative_logits" in message
+    assert "Give negative_labels, or take a score that does without" in message
+    message = message_of(neglabel, torch.zeros(2, 3), torch.zeros(3, 4))
+    assert "global_logits are of 2 images and negative_logits of 3" in message
+    assert "no negative labels" in message_of(neglabel, torch.zeros(2, 3), torch.zeros(2, 0))
+    for wrong in (0, 5, 1.0, False):
+        message = message_of(neglabel, torch.zeros(2, 3), torch.zeros(2, 4), groups=wrong)
+        assert f"groups is {wrong!r}; there are 4 negative labels, so give a whole number from 1 to 4" in message
+
+
+def test_what_is_no_logits_and_no_temperature() -> None:
+    assert "logits is a Tensor; give Logits(" in message_of(scores.score, "mcm", torch.zeros(2, 3))
+    for wrong in (None, "100", [1.0]):
+        assert f"temperature is {wrong!r}; give a positive number" in message_of(scores.mcm, torch.zeros(2, 3), wrong)
