@@ -1,6 +1,6 @@
 """Score any number of images with Ray: a folder, or Parquet files with a column of images; goes on after a kill.
 
-    python examples/score_with_ray.py DETECTOR INPUT OUTPUT [--workers 2] [--column image] [--gpus-per-worker 0]
+    python examples/score_with_ray.py DETECTOR INPUT OUTPUT [--workers 2] [--gpus-per-worker 0] [--column image]
 
 DETECTOR is a folder that `setar fit` or `detector.save_pretrained` wrote, INPUT a folder of images or of Parquet files;
 on a cluster every machine has to see them and OUTPUT. The work is cut into parts, and each becomes one Parquet file in
@@ -19,21 +19,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-PART = 1000  # images
 COLUMNS = ["label", "probability", "score", "is_id", "threshold", "error"]
 KINDS = [pa.string(), pa.float32(), pa.float32(), pa.bool_(), pa.float32(), pa.string()]
 SCHEMA = pa.schema([("id", pa.string()), *zip(COLUMNS, KINDS, strict=True)])
 
 
-def parts_of(folder: Path) -> list[dict]:
-    """The work: some paths each, or a row group of a Parquet file."""
+def parts_of(folder: Path, images: int) -> list[dict]:
+    """The work: so many paths each, or a row group of a Parquet file."""
     files = sorted(folder.rglob("*.parquet"))
     if files:
         return [{"file": str(file), "group": i} for file in files for i in range(pq.ParquetFile(file).num_row_groups)]
     from setar_peft.data.folders import read_folder
 
     paths = [str(path) for path in read_folder(folder, labelled=False).paths]
-    return [{"paths": paths[start : start + PART]} for start in range(0, len(paths), PART)]
+    return [{"paths": paths[start : start + images]} for start in range(0, len(paths), images)]
 
 
 class Scorer:
@@ -70,10 +69,11 @@ def main() -> None:
     for name in ("detector", "input", "output"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--column", default="image")
     parser.add_argument("--gpus-per-worker", type=float, default=0)
+    parser.add_argument("--column", default="image", help="of images in Parquet files: paths, bytes, or as in datasets")
+    parser.add_argument("--part", type=int, default=1000, help="images of a folder that are one part of the work")
     given = parser.parse_args()
-    parts = [json.dumps(part) for part in parts_of(given.input.resolve())]
+    parts = [json.dumps(part) for part in parts_of(given.input.resolve(), given.part)]
     job = hashlib.sha256("\n".join([(given.detector / "detector.json").read_text(), *parts]).encode()).hexdigest()
     given.output.mkdir(parents=True, exist_ok=True)
     begun = given.output / "_job"
@@ -84,11 +84,13 @@ def main() -> None:
     todo = [part for part in todo if not (given.output / part["name"]).exists()]
     print(f"{len(todo)} of {len(parts)} parts to do", flush=True)
     if todo:
+        if "RAY_ADDRESS" not in os.environ:  # this machine alone, where workers without a core would wait for ever
+            ray.init(num_cpus=max(given.workers, os.cpu_count() or 1))
         done = ray.data.from_items(todo, override_num_blocks=min(len(todo), 1000)).map_batches(
             Scorer,
             batch_size=1,
             fn_constructor_args=(str(given.detector.resolve()), given.column, str(given.output.resolve())),
-            compute=ray.data.ActorPoolStrategy(size=given.workers),
+            compute=ray.data.ActorPoolStrategy(size=min(given.workers, len(todo))),
             num_gpus=given.gpus_per_worker or None,
         )
         print(sum(row["images"] for row in done.iter_rows()), "images scored")

@@ -47,6 +47,13 @@ def demo(
 
     Without --model and --images it runs offline on scikit-learn's handwritten digits, with a small CLIP that it trains
     once. What comes out is printed, better or worse.
+
+    **Examples**
+
+    ```
+    setar demo
+    setar demo --model openai/clip-vit-base-patch16 --images pictures --ood textures --output compared
+    ```
     """
     run_demo(
         Settings(ood_weight, top_k, prompt, batch_size, device),

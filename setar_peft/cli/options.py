@@ -37,7 +37,7 @@ Temperature: TypeAlias = Annotated[
 NegativeLabels: TypeAlias = Annotated[
     Path | None, typer.Option(help="File with a word a line that names none of the classes, for the score neglabel.")
 ]
-SCORE_HELP = f"{', '.join(SCORES)}."
+SCORE_HELP = f"{', '.join(SCORES)}, or layer_fusion:mcm and the like."
 
 
 @contextmanager

@@ -95,6 +95,15 @@ def search(
     """Find the rank ratios of a model on a folder of images, and save the adapter and the trace.
 
     Under `accelerate launch` or torchrun the first process speaks and writes.
+
+    **Examples**
+
+    ```
+    setar search openai/clip-vit-base-patch16 --images train --dry-run
+    setar search openai/clip-vit-base-patch16 --images train --classes classes.json --output adapter
+    setar search openai/clip-vit-base-patch16 --images train --classes classes.json --output adapter --resume
+    setar search my-classifier --images train --weights W_up,W_q --device cuda --dtype bfloat16
+    ```
     """
     if criterion not in (*CRITERIA, *_METRICS):
         raise ValueError(f"--criterion is {criterion!r}; give one of {', '.join((*CRITERIA, *_METRICS))}.")

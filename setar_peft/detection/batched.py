@@ -144,7 +144,7 @@ def detector_digest(detector: Any) -> str:
         __version__,
         *_weights(detector.model),
         json.dumps(settings, sort_keys=True, default=repr),
-        Hasher.hash([type(score), getattr(score.function, "__func__", score.function)]),
+        Hasher.hash(_code(score)),
         tensors_digest({name: tensor for name, tensor in named.items() if tensor is not None}),
     ).hex()
 
@@ -155,3 +155,9 @@ def _weights(model: nn.Module) -> list[str]:
         return [tensors_digest(model.state_dict())]
     active = dict.fromkeys(name for _, names, disabled, _ in layers if not disabled for name in names)
     return [model_digest(model), *(adapter_digest(model, name) for name in active)]
+
+
+def _code(score: Any) -> list[Any]:
+    """What computes a score, and the one that it is made of."""
+    inner = getattr(score, "score", None)
+    return [type(score), getattr(score.function, "__func__", score.function), *([] if inner is None else _code(inner))]
