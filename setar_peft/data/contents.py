@@ -53,6 +53,8 @@ def digest_of_image(image: Any) -> bytes:
     if isinstance(image, Image.Image):
         picture = (image.mode, image.size, image.getpalette(), image.getexif().get(_ORIENTATION, 1))
         return digest_of("picture", repr(picture), image.tobytes())
+    if isinstance(image, Tensor):
+        return digest_of_row({"image": image[None]}, 0)
     array = np.ascontiguousarray(image)
     if array.dtype.hasobject:
         raise ValueError(f"it is a {type(image).__name__}, which is no image")

@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from setar_peft.data.files import is_encoded, opened
 
@@ -141,6 +143,9 @@ def _from_16_bits(values: NDArray[Any], *, certain: bool) -> NDArray[np.uint8]:
 
 
 def _as_array(image: Any) -> NDArray[Any]:
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image
     try:
         array = np.asarray(image)
     except Exception:

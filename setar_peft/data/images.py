@@ -153,8 +153,8 @@ class ImageSource(Inputs):
             return digest_of_row({"pixel_values": self._images}, row)
         try:
             return digest_of_image(self._image(row))
-        except Exception:
-            return digest_of("unreadable")
+        except Exception as error:
+            return digest_of("unreadable", f"{type(error).__name__}: {error}")
 
     def _preprocessing(self) -> Any:
         if self._images is not None:

@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -114,8 +115,13 @@ class Inputs(ABC):
         Raises:
             ValueError: If a place is none of 0 to the number of inputs less one.
         """
-        chosen = list(numbers)
-        strange = [place for place in chosen if isinstance(place, bool) or not 0 <= int(place) < len(self)]
+        chosen = numbers.tolist() if isinstance(numbers, (Tensor, np.ndarray)) else list(numbers)
+        # A mask is no list of places.
+        strange = [
+            place
+            for place in chosen
+            if not isinstance(place, (int, np.integer)) or isinstance(place, bool) or not 0 <= place < len(self)
+        ]
         if strange:
             raise ValueError(
                 f"numbers holds {strange[0]!r}; give the places of the {self.kind}s that are wanted, from 0 to "
@@ -201,7 +207,9 @@ class Inputs(ABC):
 
 def finite_rows(tensors: Mapping[str, Tensor]) -> list[bool]:
     """Whether all values of each row are finite."""
-    finite = [tensor.isfinite().flatten(1).all(1) for tensor in tensors.values() if tensor.is_floating_point()]
+    finite = [
+        tensor.isfinite().reshape(len(tensor), -1).all(1) for tensor in tensors.values() if tensor.is_floating_point()
+    ]
     count = len(next(iter(tensors.values())))
     return torch.stack(finite).all(0).tolist() if finite else [True] * count
 

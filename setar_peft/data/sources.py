@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch.utils.data
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from setar_peft.data.files import is_encoded, is_url
 from setar_peft.data.images import ImageSource
 from setar_peft.data.inputs import Inputs, checked_batch_size
 from setar_peft.data.labels import ClassNames
-from setar_peft.data.rows import check_is_one_set
+from setar_peft.data.rows import check_is_one_set, is_of_datasets
 from setar_peft.data.streams import is_stream, streamed_rows
 from setar_peft.data.text_files import TEXT_SUFFIXES, read_texts
 from setar_peft.data.texts import NamedInputs
@@ -73,10 +74,12 @@ def source_of(
     _check(data, kind)
     if isinstance(data, Inputs):
         return _as_it_is(data, kind, class_names, labels, input_column, label_column)
+    if (input_column or label_column) and not _may_have_columns(data, kind):
+        raise ValueError(
+            f"input_column or label_column beside data without columns ({type(data).__name__}); take them away."
+        )
     named: dict[str, Any] = {"class_names": class_names, "batch_size": batch_size}
     if isinstance(data, Mapping) and not (kind == "image" and is_encoded(data)):
-        if input_column or label_column:
-            raise ValueError("The tensors of a mapping have no columns; take the names of columns away.")
         if isinstance(data.get("pixel_values"), Tensor):
             _warn_if_not_normalised(data["pixel_values"], processor)
         return NamedInputs(processor, data, labels, **named)
@@ -187,19 +190,25 @@ def _as_it_is(
     inputs: Inputs, kind: Kind, class_names: Any, labels: Any, input_column: str | None, label_column: str | None
 ) -> Inputs:
     if inputs.kind not in (kind, "input"):
-        raise ValueError(f"The data are a {type(inputs).__name__} of {inputs.kind}s; the model takes {kind}s.")
+        raise ValueError(f"The data are {inputs.kind}s ({type(inputs).__name__}); the model takes {kind}s.")
     if labels is not None or input_column is not None or label_column is not None:
         raise ValueError(
-            f"There are labels or columns beside a {type(inputs).__name__}, which has its own; give them to it."
+            f"There are labels or columns beside inputs that have their own; give them to {type(inputs).__name__}."
         )
     if class_names is not None:
         names = ClassNames.of(class_names)
         if inputs.classes is None or not inputs.classes.is_in_order_of(names):
             raise ValueError(
-                f"There are class_names beside a {type(inputs).__name__} that has "
-                f"{'none' if inputs.classes is None else 'others, or in another order'}; give them to it."
+                "There are class_names beside inputs that have "
+                f"{'none' if inputs.classes is None else 'others, or in another order'}; give them to "
+                f"{type(inputs).__name__}."
             )
     return inputs
+
+
+def _may_have_columns(data: Any, kind: Kind) -> bool:
+    of_datasets = is_of_datasets(data, "Dataset", "IterableDataset")
+    return of_datasets or isinstance(data, torch.utils.data.Dataset) or (isinstance(data, Path) and kind == "text")
 
 
 def _is_folder(path: str | Path) -> bool:

@@ -305,7 +305,7 @@ def test_what_a_processor_gives_beside_pixel_values_is_given_on() -> None:
 def test_pixel_values_that_are_not_finite_are_named(value: float) -> None:
     pixels = torch.randn(5, 3, 4, 4)
     pixels[3, 1, 2, 2] = value
-    for data in (pixels, {"pixel_values": pixels, "ids": torch.zeros(5, 2, dtype=torch.long)}):
+    for data in (pixels, {"pixel_values": pixels, "ids": torch.zeros(5, 2, dtype=torch.long), "weight": torch.ones(5)}):
         source = source_of(data, None, "image", batch_size=4)
         first, second = source.readable_batches()
         assert (first.numbers, second.numbers) == ([0, 1, 2], [4])

@@ -101,11 +101,13 @@ def test_a_part_keeps_names_labels_and_contents(source: Inputs) -> None:
         assert alone.digest() == same.digest()
     of_a_part = part.select([3, 0])
     assert of_a_part.numbers == [10, 7]
+    assert source.select(torch.tensor([3, 1])).numbers == source.select(np.array([3, 1])).numbers == [3, 1]
     assert len(source.select([])) == 0
     assert list(source.select([]).readable_batches()) == []
     assert part.shard(1, 2).numbers == [2, 10]
     assert source.batch_shard(5, 6).numbers == []
-    for strange in ([11], [-1], [True], [0, 99]):
+    masks = (torch.ones(COUNT) > 0, np.ones(COUNT) > 0, [np.True_])
+    for strange in ([11], [-1], [True], [0, 99], [1.5], ["1"], *masks):
         with pytest.raises(
             ValueError, match=r"numbers holds .*; give the places of the \w+s that are wanted, from 0 to 10"
         ):
@@ -178,6 +180,7 @@ def test_whatever_changes_a_score_changes_the_digest(pictures: list[Image.Image]
         of([picture.convert("L") for picture in pictures]),
         of([turned, *pictures[1:]]),
         of([np.asarray(picture) for picture in pictures]),
+        *(of([torch.full((3, 4, 4), value).bfloat16().requires_grad_()]) for value in (0.25, 0.5)),
         of([np.asarray(picture).transpose(2, 0, 1) for picture in pictures]),
         of(processor=image_processor(do_normalize=False)),
         of(processor=image_processor(resample=2)),

@@ -122,6 +122,10 @@ def test_one_image_is_a_set_of_one(processor: Any, folder: Path) -> None:
         assert torch.equal(pixels_of(source_of(way, processor, "image")), expected)
         assert not is_single([way], "image")
         assert torch.equal(pixels_of(source_of([way], processor, "image")), expected)
+    expected_of_floats = pixels_of(source_of(PIXELS[1] / 255, processor, "image"))
+    for floats in (torch.as_tensor(PIXELS[1] / 255).requires_grad_(), torch.as_tensor(PIXELS[1] / 255).bfloat16()):
+        found = pixels_of(source_of(floats.permute(2, 0, 1), processor, "image"))
+        assert torch.allclose(found, expected_of_floats, atol=0.02)
     assert is_single("http://127.0.0.1/a.png", "image")
     assert is_single("nowhere.png", "image")
     assert is_single(PIXELS[0, ..., 0], "image")
@@ -219,7 +223,7 @@ def test_a_real_tokenizer_takes_texts_of_an_array(golden: Path) -> None:
         (datasets.DatasetDict(test=datasets.Dataset.from_dict({"image": []})), "has the splits 'test'"),
         (torch.utils.data.DataLoader(Items(PICTURES)), "DataLoader; give its data set"),
         (datasets.Dataset.from_dict({"url": ["a"]}), "has the columns url, but no image; say with image_column"),
-        (NamedInputs(checks.WordTokenizer(), TEXTS), "a NamedInputs of texts; the model takes images"),
+        (NamedInputs(checks.WordTokenizer(), TEXTS), r"The data are texts \(NamedInputs\); the model takes images"),
     ],
 )
 def test_what_is_certain_to_be_no_image_is_refused(processor: Any, data: Any, piece: str) -> None:
@@ -249,7 +253,7 @@ def test_what_is_certain_to_be_no_image_is_refused(processor: Any, data: Any, pi
         (Path("nowhere.txt"), "nowhere.txt is no such file"),
         (Path("nowhere"), "nowhere is no such file; give a .txt file with one text a line"),
         (PICTURES[0], "The texts are a PIL.Image.Image"),
-        (ImageSource(None, torch.randn(1, 3, 4, 4)), "a ImageSource of images; the model takes texts"),
+        (ImageSource(None, torch.randn(1, 3, 4, 4)), r"The data are images \(ImageSource\); the model takes texts"),
     ],
 )
 def test_what_is_certain_to_be_no_text_is_refused(data: Any, piece: str) -> None:
@@ -277,8 +281,17 @@ def test_a_processor_that_cannot_is_refused(processor: Any) -> None:
         source_of(TEXTS, processor, "text")
     with pytest.raises(ValueError, match="Texts need the model's tokenizer; processor is None"):
         source_of(TEXTS, None, "text")
-    with pytest.raises(ValueError, match="take the names of columns away"):
-        source_of({"pixel_values": torch.randn(1, 3, 4, 4)}, processor, "image", input_column="image")
+    for data in (
+        {"pixel_values": torch.randn(1, 3, 4, 4)},
+        PICTURES,
+        PICTURES[0],
+        "a.png",
+        torch.randn(1, 3, 4, 4),
+        PIXELS,
+    ):
+        for column in ({"input_column": "image"}, {"label_column": "label"}):
+            with pytest.raises(ValueError, match="input_column or label_column beside data without columns"):
+                source_of(data, processor, "image", **column)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="batch_size is True"):
         source_of(PICTURES, processor, "image", batch_size=True)
 
@@ -295,12 +308,16 @@ def test_inputs_stay_as_they_are() -> None:
     tokens = NamedInputs(None, {"input_ids": torch.ones(1, 2)})
     assert source_of(tokens, None, "text") is tokens
     assert list(stream_of(tokens, None, "text")) == [tokens]
-    with pytest.raises(ValueError, match="class_names beside a ImageSource that has others, or in another order"):
+    with pytest.raises(
+        ValueError, match="class_names beside inputs that have others, or in another order; give them to ImageSource"
+    ):
         source_of(labelled, None, "image", class_names=["dog", "cat"])
-    with pytest.raises(ValueError, match="class_names beside a NamedInputs that has none; give them to it"):
+    with pytest.raises(ValueError, match="class_names beside inputs that have none; give them to NamedInputs"):
         source_of(tokens, None, "text", class_names=["dog", "cat"])
     for settings in ({"labels": [0, 1]}, {"input_column": "a"}, {"label_column": "a"}):
-        with pytest.raises(ValueError, match="labels or columns beside a ImageSource, which has its own"):
+        with pytest.raises(
+            ValueError, match="labels or columns beside inputs that have their own; give them to ImageSource"
+        ):
             source_of(labelled, None, "image", **settings)  # type: ignore[arg-type]
 
 
