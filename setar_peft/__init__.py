@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from setar_peft.data.images import ImageSource
     from setar_peft.detection.detector import OODDetector
     from setar_peft.detection.evaluation import evaluate
+    from setar_peft.detection.result import Evaluation
     from setar_peft.detection.scores import register_score
     from setar_peft.detection.scoring import Score
     from setar_peft.objectives.base import Objective
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CardFacts",
+    "Evaluation",
     "ImageSource",
     "LoCoOpObjective",
     "OODDetector",
@@ -59,6 +61,7 @@ __all__ = [
 
 _HOMES = {
     "CardFacts": "tuner.config",
+    "Evaluation": "detection.result",
     "ImageSource": "data.images",
     "LoCoOpObjective": "objectives.locoop",
     "OODDetector": "detection.detector",

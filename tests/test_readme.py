@@ -19,6 +19,9 @@ STAND_INS = {
     'CLIPModel.from_pretrained("openai/clip-vit-base-patch16")': "load_model(FOLDER)",
     'CLIPProcessor.from_pretrained("openai/clip-vit-base-patch16")': "load_processor(FOLDER, model)",
     '"imagenet_1k_one_image_a_class/"': "IMAGES",
+    '"imagenet_1k_validation/"': "IMAGES",
+    '"places/"': "OOD_IMAGES",
+    '"report.html"': "REPORT",
     "top_k=300": "top_k=2",
     '"adapter"': "ADAPTER",
     'peft_model.push_to_hub("you/clip-setar-imagenet")': "",
@@ -39,6 +42,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     names: dict[str, Any] = {
         "FOLDER": model_folder,
         "IMAGES": CASES / "images",
+        "OOD_IMAGES": CASES / "images" / "c003",
+        "REPORT": tmp_path / "report.html",
         "ADAPTER": str(tmp_path),
         "class_names": read_json(CASES / "folders.json"),
         "load_model": load_model,
@@ -49,6 +54,8 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
         exec(compile(block, str(README), "exec"), names)
     assert any(names["peft_model"].peft_config["default"].rank_ratios.values())
     assert names["scores"].shape == (2,)
+    assert list(names["evaluation"].models) == ["base", "SeTAR"]
+    assert (tmp_path / "report.html").is_file()
     assert type(names["peft_model"].merge_and_unload()).__name__ == "CLIPModel"
 
 

@@ -155,9 +155,13 @@ class Inputs(ABC):
             self._preprocessing(),
         ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode())
-        for number in range(len(self)):
-            digest.update(self._content(number))
+        for content in self.contents():
+            digest.update(content)
         return digest.hexdigest()
+
+    def contents(self) -> Iterator[bytes]:
+        """A digest of the content of each input, in order, whatever it is called, labelled and processed."""
+        return map(self._content, range(len(self)))
 
     def numbered_from(self, first: int) -> Self:
         """The same inputs as a part of a stream, of which `first` inputs come before them."""

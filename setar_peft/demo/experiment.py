@@ -52,6 +52,7 @@ class Experiment:
         title: What this is, in one line.
         base: Folder or Hub name of the base model, which another process can load.
         model: The base model, in evaluation mode.
+        processor: Its processor.
         objective: The search's loss, over the search's images.
         test: In-distribution test images, with labels; none of them is among the search's.
         ood: Name of an OOD set -> its images.
@@ -60,6 +61,7 @@ class Experiment:
     title: str
     base: str
     model: Any
+    processor: Any
     objective: LoCoOpObjective
     test: ImageSource
     ood: dict[str, ImageSource]
@@ -168,7 +170,7 @@ def _experiment(
     )
     sources = {name: ImageSource(processor, images, batch_size=settings.batch_size) for name, images in ood.items()}
     test_source = ImageSource(processor, *test, class_names=class_names, batch_size=settings.batch_size)
-    return Experiment(title, str(base), model.eval(), objective, test_source, sources)
+    return Experiment(title, str(base), model.eval(), processor, objective, test_source, sources)
 
 
 def split_by_class(

@@ -14,16 +14,13 @@ from rich.table import Table
 from setar_peft.data.labels import matching_sentence
 from setar_peft.decomposition import kept_rank, residual_rank
 from setar_peft.demo.experiment import Experiment
-from setar_peft.detection.evaluation import Evaluation
+from setar_peft.detection.figures import MEAN
+from setar_peft.detection.result import Evaluation
+from setar_peft.detection.tables import difference_cells
 from setar_peft.search.trace import SearchTrace
 
-# Figure of `OODMetrics` -> its heading, and whether more is better.
-_FIGURES = {
-    "fpr": ("FPR95", False),
-    "auroc": ("AUROC", True),
-    "aupr_in": ("AUPR-in", True),
-    "aupr_out": ("AUPR-out", True),
-}
+# Figure of `OODMetrics` -> its heading.
+_FIGURES = {"fpr": "FPR95", "auroc": "AUROC", "aupr_in": "AUPR-in", "aupr_out": "AUPR-out"}
 
 
 def print_inputs(console: Console, experiment: Experiment) -> None:
@@ -83,35 +80,36 @@ def print_ranks(console: Console, rank_ratios: Mapping[str, float], shapes: Mapp
     console.print(table)
 
 
-def print_comparison(console: Console, before: Evaluation, after: Evaluation) -> None:
-    """Every figure of the base and of the adapter, and in which direction the means over OOD sets went."""
+def print_comparison(console: Console, evaluation: Evaluation) -> None:
+    """Every figure of the base and of the adapter, and whether the difference over all OOD sets is more than chance."""
     table = _table("Test images, base and with SeTAR")
     table.add_column("OOD set", overflow="fold")
     table.add_column("score", no_wrap=True)
     table.add_column("model", no_wrap=True)
-    for heading in ("acc.", *(heading for heading, _ in _FIGURES.values())):
+    for heading in ("acc.", *_FIGURES.values()):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in before.rows:
-        for model, evaluation in (("base", before), ("SeTAR", after)):
-            metrics = evaluation.metrics(row.ood_set, row.score)
-            shares = (evaluation.accuracy, *(getattr(metrics, figure) for figure in _FIGURES))
-            first = model == "base"
-            table.add_row(
-                escape(row.ood_set) if first else "",
-                row.score if first else "",
-                model,
-                *(_percent(share) for share in shares),
-                end_section=not first,
-            )
+    base, *others = evaluation.models
+    for row in evaluation.rows:
+        shares = (evaluation.accuracy(row.model), *(getattr(row.metrics, figure) for figure in _FIGURES))
+        first = row.model == base
+        table.add_row(
+            escape(row.ood_set) if first else "",
+            row.score if first else "",
+            row.model,
+            *("-" if math.isnan(share) else f"{100 * share:.2f}" for share in shares),
+            end_section=row.model == others[-1],
+        )
     console.print(table)
-    console.print(before.convention(), highlight=False)
-    for score in dict.fromkeys(row.score for row in before.rows):
-        changes = [
-            f"{heading} {_change(_mean(before, score, figure), _mean(after, score, figure), more_is_better)}"
-            for figure, (heading, more_is_better) in _FIGURES.items()
-        ]
-        console.print(f"Mean over OOD sets, {score}: {', '.join(changes)}.", highlight=False)
-    console.print(f"Accuracy {_change(before.accuracy, after.accuracy, True)}.\n", highlight=False)
+    console.print(evaluation.convention(), highlight=False, markup=False)
+    wholes = [row for row in evaluation.differences if row.ood_set == MEAN] or evaluation.differences
+    headings, cells = difference_cells(wholes, evaluation.conventions)
+    for ood_set, score, difference, fpr, fpr_verdict, auroc, auroc_verdict in cells:
+        console.print(
+            f"{difference}, {ood_set}, {score}: {headings[3]} {fpr}, {fpr_verdict}; AUROC {auroc}, {auroc_verdict}.",
+            highlight=False,
+            markup=False,
+        )
+    console.print()
 
 
 def print_checks(console: Console, images: int, reload_is_exact: bool, merge_difference: float) -> None:
@@ -133,20 +131,3 @@ def _table(title: str) -> Table:
     return Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False
     )
-
-
-def _mean(evaluation: Evaluation, score: str, figure: str) -> float:
-    values = [getattr(row.metrics, figure) for row in evaluation.rows if row.score == score]
-    return sum(values) / len(values)
-
-
-def _change(before: float, after: float, more_is_better: bool) -> str:
-    if math.isclose(before, after, abs_tol=5e-5):
-        verdict = "unchanged"
-    else:
-        verdict = "better" if (after > before) is more_is_better else "worse"
-    return f"{_percent(before)} to {_percent(after)} ({verdict})"
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.2f}"

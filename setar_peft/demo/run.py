@@ -7,9 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from peft import get_peft_model
 from rich.console import Console
@@ -19,7 +17,9 @@ from setar_peft.backbones import backbone_of
 from setar_peft.demo import report
 from setar_peft.demo.experiment import Experiment
 from setar_peft.demo.reload import fixed_logits, logits_in_a_fresh_process
-from setar_peft.detection.evaluation import Evaluation, evaluate
+from setar_peft.detection.evaluation import evaluate
+from setar_peft.detection.result import Evaluation
+from setar_peft.objectives.class_prompts import PROMPT
 from setar_peft.plots import summary_figure
 from setar_peft.search.run import search_rank_ratios
 from setar_peft.search.trace import SearchTrace
@@ -34,8 +34,7 @@ class DemoResult:
     """What came out of a run.
 
     Attributes:
-        before: Figures of the base model.
-        after: Figures of the model with the adapter.
+        evaluation: Figures of the base model, "base", and of the model with the adapter, "SeTAR".
         trace: The search.
         rank_ratios: Module name -> ratio chosen.
         reload_is_exact: Whether the adapter gave the same logits to the bit in a fresh process.
@@ -43,8 +42,7 @@ class DemoResult:
         output: The folder with everything.
     """
 
-    before: Evaluation
-    after: Evaluation
+    evaluation: Evaluation
     trace: SearchTrace
     rank_ratios: dict[str, float]
     reload_is_exact: bool
@@ -75,7 +73,6 @@ def run(
     report.print_inputs(console, experiment)
     model, objective = experiment.model, experiment.objective
 
-    before = evaluate(model, objective, experiment.test, experiment.ood)
     started = time.perf_counter()
     found = search_rank_ratios(
         model, objective, SeTARConfig(), progress=progress, trace_path=folder / "trace.json", overwrite=True
@@ -86,8 +83,15 @@ def run(
     report.print_ranks(console, found.rank_ratios, shapes)
 
     peft_model = get_peft_model(model, found.config)
-    after = evaluate(peft_model, objective, experiment.test, experiment.ood)
-    report.print_comparison(console, before, after)
+    evaluation = evaluate(
+        peft_model,
+        experiment.test,
+        experiment.ood,
+        processor=experiment.processor,
+        prompt=objective.prompt or PROMPT,
+        adapters={"base": None, "SeTAR": "default"},
+    )
+    report.print_comparison(console, evaluation)
 
     adapter = folder / "adapter"
     peft_model.save_pretrained(adapter)
@@ -100,10 +104,14 @@ def run(
     difference = _largest_difference(with_adapter, merged)
     report.print_checks(console, len(inputs["pixel_values"]), is_exact, difference)
 
-    result = DemoResult(before, after, found.trace, found.rank_ratios, is_exact, difference, folder)
+    result = DemoResult(evaluation, found.trace, found.rank_ratios, is_exact, difference, folder)
     _write_results(result, experiment, seconds)
-    label = before.score_label(FIGURE_SCORE)
-    summary_figure(found.trace, _scores(before), _scores(after), label).savefig(folder / "figure.png", dpi=150)
+    scores = {
+        title: {name: images.scores[FIGURE_SCORE] for name, images in evaluation.models[model].sets.items()}
+        for title, model in (("before", "base"), ("after", "SeTAR"))
+    }
+    label = evaluation.score_label(FIGURE_SCORE)
+    summary_figure(found.trace, scores, label).savefig(folder / "figure.png", dpi=150)
     report.print_files(console, folder)
     if not is_exact:
         gap = _largest_difference(with_adapter, reloaded)
@@ -125,12 +133,6 @@ def _largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) 
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def _scores(evaluation: Evaluation) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    """Scores of the figure by name of the set, the ID images first."""
-    sets = {"ID": evaluation.id_images, **evaluation.ood_images}
-    return {name: images.scores[FIGURE_SCORE].numpy() for name, images in sets.items()}
-
-
 def _write_results(result: DemoResult, experiment: Experiment, search_seconds: float) -> None:
     values = {
         "title": experiment.title,
@@ -141,8 +143,7 @@ def _write_results(result: DemoResult, experiment: Experiment, search_seconds: f
         "search_images": len(experiment.objective),
         "search_seconds": search_seconds,
         "rank_ratios": result.rank_ratios,
-        "before": result.before.to_dict(),
-        "after": result.after.to_dict(),
+        "evaluation": result.evaluation.to_dict(),
         "reload_is_exact": result.reload_is_exact,
         "merge_difference": result.merge_difference,
     }

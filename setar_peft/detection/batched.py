@@ -128,7 +128,7 @@ def detector_digest(detector: Any) -> str:
     """
     from datasets.fingerprint import Hasher
 
-    score, processor, bank = detector._score, detector.processor, detector._bank
+    score, processor, bank = detector.score, detector.processor, detector.classes
     values, tensors = score.state()
     known = processor is None or hasattr(processor, "save_pretrained")
     settings = [

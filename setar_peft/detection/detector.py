@@ -345,15 +345,29 @@ class OODDetector(HubDetector):
             for name, read in features.items():
                 yield from reader.readings(name, read, batch.labels, local=self._score.needs_local)
 
-    @contextmanager
-    def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
-        """The model, ready to read, with the text bank; refused if it is another than the bank was made with."""
+    @property
+    def score(self) -> Score:
+        """The score, fitted where it had to be."""
+        return self._score
+
+    @property
+    def classes(self) -> ClassWeights:
+        """The map from features to logits, on the model's device: for models that classify by texts, the text bank.
+
+        Raises:
+            ValueError: If the model is another than it was made with.
+        """
         self._check_unchanged()
         device = next(self.model.parameters()).device
         if self._bank.weight.device != device:
             self._bank = self._bank.to(device)
+        return self._bank
+
+    @contextmanager
+    def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
+        """The model, ready to read, with the text bank."""
         needed = self._score.needs_layers if layers is None else layers
-        with reading(self.model, self._bank, layers=needed) as reader:
+        with reading(self.model, self.classes, layers=needed) as reader:
             yield reader
 
     def _check_unchanged(self) -> None:

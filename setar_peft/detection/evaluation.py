@@ -1,321 +1,251 @@
-"""How well a model classifies and detects: logits and scores of image sets, and a table of figures.
+"""How well models classify and detect: their scores of whole sets, and the figures made of them.
 
-Works on a stock model and on a PEFT model alike. Scores are computed batch by batch, so that the local logits of a set
-(images x patches x classes) never exist as a whole.
+Works on stock models, PEFT models with one or several adapters, and detectors alike, of images and of texts.
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights, ImageFeatures, Logits
-from setar_peft.data.images import ImageSource
-from setar_peft.data.texts import NamedInputs
-from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule, accuracy, ood_metrics
-from setar_peft.detection.scores import find_score, score
-from setar_peft.objectives.base import Objective, evaluation_mode
-from setar_peft.objectives.loss import LOCAL_LOGITS_CHUNK
-from setar_peft.versions import versions
+from setar_peft.backbones import Backbone, backbone_of
+from setar_peft.data.inputs import Inputs
+from setar_peft.data.labels import ClassNames
+from setar_peft.data.sources import Kind, source_of
+from setar_peft.detection.adapters import AS_IT_IS
+from setar_peft.detection.detector import OODDetector
+from setar_peft.detection.figures import ID_SET, Conventions, ModelScores, check_set_names
+from setar_peft.detection.metrics import Positive, ThresholdRule
+from setar_peft.detection.passes import Errors, Passes, Subject
+from setar_peft.detection.result import Evaluation
+from setar_peft.detection.scores import chosen_scores
+from setar_peft.detection.scoring import Score
+from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 
 DEFAULT_SCORES = ("mcm", "gl_mcm")
 
-# Names of scores, with the paper's settings; or name -> settings that differ from the paper's.
-Scores: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
+# A name or function or `Score`, a list of them, or names with settings that differ from the paper's.
+Scores: TypeAlias = "str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]]"
 
 
-@dataclass(frozen=True)
-class ImageScores:
-    """What a model says about a set of images.
+class _Candidate(NamedTuple):
+    """A model as it is given: itself, or what a detector has of it."""
 
-    Attributes:
-        logits: Global logits, (images, classes), float32, on the CPU.
-        labels: (images,) class indices; -1 for images without labels.
-        scores: Name of a score -> (images,) float32, on the CPU; higher means more in-distribution.
-        settings: Name of a score -> its settings in full, by name: the temperature in use, and others that it has.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    scores: dict[str, Tensor]
-    settings: dict[str, dict[str, Any]]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images classified right, in [0, 1]; NaN for images without labels."""
-        return math.nan if bool((self.labels < 0).any()) else accuracy(self.logits, self.labels)
-
-
-class EvaluationRow(NamedTuple):
-    """The figures of one score on one OOD set; see `OODMetrics` for their conventions."""
-
-    ood_set: str
-    score: str
-    metrics: OODMetrics
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracy on the ID images, and how well each score tells them from each OOD set.
-
-    Attributes:
-        id_images: Logits and scores of the ID images.
-        ood_images: Name of an OOD set -> its logits and scores.
-        rows: One row an OOD set and score.
-        prompt: The template of the class prompts, or one text a class; None for a model without prompts.
-        versions: What it was computed with, name -> version.
-    """
-
-    id_images: ImageScores
-    ood_images: dict[str, ImageScores]
-    rows: list[EvaluationRow]
+    subject: Subject
+    processor: Any
+    kind: Kind
+    class_names: ClassNames
     prompt: str | Sequence[str] | None
-    versions: dict[str, str]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of ID images classified right, in [0, 1]; NaN for images without labels."""
-        return self.id_images.accuracy
-
-    def metrics(self, ood_set: str, score_name: str) -> OODMetrics:
-        """The figures of one score on one OOD set.
-
-        Raises:
-            ValueError: If there is no such row.
-        """
-        for row in self.rows:
-            if (row.ood_set, row.score) == (ood_set, score_name):
-                return row.metrics
-        rows = ", ".join(f"({row.ood_set!r}, {row.score!r})" for row in self.rows)
-        raise ValueError(f"There are no figures for {(ood_set, score_name)!r}; there are some for {rows}.")
-
-    def convention(self) -> str:
-        """How the figures came about and are to be read: convention, temperature, prompt, versions."""
-        metrics = self.rows[0].metrics
-        positive, negative = ("ID", "OOD") if metrics.positive == "id" else ("OOD", "ID")
-        rule = "at least" if metrics.threshold_rule == "at_least" else "closest to"
-        used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"FPR{_percent_level(metrics.tpr)}: share of {negative} images taken for {positive} at the threshold where "
-            f"{rule} {100 * metrics.tpr:g} % of the {positive} images are found. AUPR: average precision with ID (in) "
-            f"or OOD (out) as the positive class. All figures in percent. {self._inputs()} Made with {used}."
-        )
-
-    def score_label(self, name: str) -> str:
-        """A score with the settings that it was computed with, such as "gl_mcm (temperature 100)".
-
-        The temperature is always in it, another setting where it is not the paper's.
-        """
-        usual = find_score(name).settings(1.0, {})
-        said = [
-            f"{setting.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{setting} {value}"
-            for setting, value in self.id_images.settings[name].items()
-            if setting == "temperature" or value != usual[setting]
-        ]
-        return f"{name} ({', '.join(said)})"
-
-    def table(self) -> str:
-        """The rows as a table in plain text, in percent, with `convention` below it."""
-        level = f"FPR{_percent_level(self.rows[0].metrics.tpr)}"
-        cells = [["OOD set", "score", "accuracy", level, "AUROC", "AUPR-in", "AUPR-out"]]
-        for row in self.rows:
-            shares = (self.accuracy, row.metrics.fpr, row.metrics.auroc, row.metrics.aupr_in, row.metrics.aupr_out)
-            cells.append(
-                [row.ood_set, row.score, *("-" if math.isnan(share) else f"{100 * share:.2f}" for share in shares)]
-            )
-        widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-        aligned = (
-            [cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(line)]
-            for line in (list(zip(line, widths, strict=True)) for line in cells)
-        )
-        return "\n".join(["  ".join(line).rstrip() for line in aligned] + textwrap.wrap(self.convention(), 80))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain values for JSON, shares in [0, 1]; an unknown accuracy is None.
-
-        With them goes what they depend on: the prompt, each score's settings, the convention of each row, versions.
-        """
-        return {
-            "prompt": self.prompt if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt),
-            "scores": self.id_images.settings,
-            "accuracy": None if math.isnan(self.accuracy) else self.accuracy,
-            "images": {"id": len(self.id_images.labels)}
-            | {name: len(images.labels) for name, images in self.ood_images.items()},
-            "rows": [{"ood_set": row.ood_set, "score": row.score, **vars(row.metrics)} for row in self.rows],
-            "versions": self.versions,
-        }
-
-    def _inputs(self) -> str:
-        """What the scores read: their temperatures, and the prompt."""
-        labels = ", ".join(map(self.score_label, self.id_images.settings))
-        if self.prompt is None:
-            prompt = "No prompts."
-        elif isinstance(self.prompt, str):
-            prompt = f'Prompt "{self.prompt}".'
-        else:
-            prompt = f'Prompts "{self.prompt[0]}" and so on, one a class.'
-        return f"Scores: {labels}. {prompt}"
 
 
 def evaluate(
-    model: nn.Module,
-    objective: Objective,
-    id_images: Any,
-    ood_images: Mapping[str, Any],
+    model: nn.Module | OODDetector | Mapping[str, nn.Module | OODDetector],
+    id_data: Any,
+    ood_data: Mapping[str, Any],
+    scores: Scores | None = None,
     *,
-    scores: Scores = DEFAULT_SCORES,
-    temperature: float | None = None,
     processor: Any = None,
+    class_names: Sequence[str] | Mapping[Any, str] | ClassNames | None = None,
+    prompt: str | Sequence[str] = PROMPT,
+    labelled: bool = False,
+    adapters: Mapping[str, str | None] | None = None,
+    temperature: float | None = None,
+    negative_labels: Any = None,
+    fit_data: Any = None,
+    batch_size: int = 64,
     positive: Positive = "id",
     threshold: ThresholdRule = "at_least",
     tpr: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    errors: Errors = "raise",
+    cache: str | Path | None = None,
+    progress: bool = False,
 ) -> Evaluation:
-    """Accuracy on ID images, and detection figures for each OOD set and score.
+    """Figures of each model, OOD set and score, with intervals, and differences of the models on the same images.
 
-    The model is left in the mode it was in.
+    Each set is read once a model, for all scores and adapters; local logits never exist as a whole. Models are left as
+    they were. Under `accelerate launch` the processes share the batches, and each gets the figures of one process.
 
     Args:
-        model: A stock model of a known family, or a PEFT model, which is evaluated as its active adapters make it.
-        objective: Gives the class prompts; its images are not read.
-        id_images: In-distribution images: an `ImageSource` or `NamedInputs`, with class names where an accuracy is
-            wanted; or whatever an `ImageSource` takes (a folder, a data set, a tensor of pixel values, a sequence of
-            paths or PIL images), without labels.
-        ood_images: Name of an OOD set -> its images, likewise.
-        scores: Names out of `setar_peft.detection.scores.SCORES`, with the paper's settings; or a mapping from names
-            to settings of another kind, such as `{"mcm": {}, "gl_mcm": {"local_weight": 0.5, "temperature": 1.0}}`.
+        model: A stock model of a known family, a PEFT model, whose active adapters compute, or an `OODDetector`; or
+            name -> model, of which all are compared with the first.
+        id_data: In-distribution (ID) inputs that nothing was chosen on: whatever a detector takes (a folder, a data
+            set, a list, a tensor of pixel values, texts), or an `ImageSource` or `NamedInputs`.
+        ood_data: Name of an OOD set -> its inputs, likewise.
+        scores: A score or several (see `OODDetector`); by default MCM and GL-MCM, for a detector its own.
+        processor: The model's processor, or its tokenizer where inputs are pixel values; not for a detector. For
+            several models one for all, or name -> processor.
+        class_names: Names of the ID classes, as for `LoCoOpObjective`; by default a classifier's own, or those that
+            `id_data` was made with.
+        prompt: Text with "{class}" in it, or one text a class; for models that classify by texts.
+        labelled: Whether `id_data` have labels, for the accuracy: one subfolder a class, or a label column. An
+            `ImageSource` or `NamedInputs` knows that itself.
+        adapters: Variants of one PEFT model, compared in one pass: name -> name of the adapter, or None for the base,
+            as in `{"base": None, "SeTAR": "default"}`.
         temperature: Divides the logits of every score whose settings do not say it, > 0; by default the paper's, which
             is another for each score (see `setar_peft.detection.scores`).
-        processor: The model's processor; only for images that are no `ImageSource` and no tensor.
+        negative_labels: Words that name none of the classes; for scores that read them.
+        fit_data: ID inputs for scores that have to be fitted first; none that are in `id_data`.
+        batch_size: Inputs a batch.
         positive: The positive class of the false-positive rate, "id" or "ood".
         threshold: How its threshold is chosen, "at_least" or "closest".
         tpr: Its level, 0 < tpr <= 1.
+        resamples: Resamples of the bootstrap; 0 for no intervals.
+        seed: Of the bootstrap.
+        errors: What becomes of an input that cannot be read: "raise", or "leave_out", which the result counts.
+        cache: Folder in which features and scores are kept, by the contents of model, adapter and data and by
+            versions: a second run computes nothing, and a new score that reads global logits comes from the features.
+        progress: Show a bar on standard error.
 
     Raises:
-        ValueError: If there is no OOD set or score, a score or convention is unknown, or the images do not fit the
-            model.
+        ValueError: If there is no OOD set, a score, adapter or convention is unknown, an input cannot be read or does
+            not fit the model, a score is NaN (with the images' names), labels mean other classes than the model's, or
+            a score has to be fitted and there is nothing to fit it on but the test data.
     """
-    if not ood_images:
-        raise ValueError("ood_images is empty; give at least one OOD set, for example {'noise': images}.")
+    conventions = Conventions(positive, threshold, tpr, resamples, seed)
+    _check(ood_data, errors)
+    named = model if isinstance(model, Mapping) else {"model": model}
+    if not named:
+        raise ValueError("model is an empty mapping; give at least one model by name.")
+    if adapters is not None and (len(named) > 1 or any(isinstance(one, OODDetector) for one in named.values())):
+        raise ValueError("adapters are variants of one PEFT model; give that model alone, or models by name alone.")
+    given = class_names if class_names is not None or not isinstance(id_data, Inputs) else id_data.classes
+    models: dict[str, ModelScores] = {}
+    candidates: dict[str, _Candidate] = {}
+    all_sets: dict[str, dict[str, Inputs]] = {}
+    for name, one in named.items():
+        own_processor = processor.get(name) if isinstance(processor, Mapping) else processor
+        variants = {name: AS_IT_IS} if adapters is None else adapters
+        chosen = None if scores is None else chosen_scores(scores, temperature)
+        if isinstance(one, OODDetector):
+            candidate = _of_detector(one, variants, chosen, temperature)
+        else:
+            default = chosen or chosen_scores(DEFAULT_SCORES, temperature)
+            candidate = _of_model(one, variants, default, own_processor, given, prompt, negative_labels)
 
-    def source(images: Any) -> ImageSource | NamedInputs:
-        return images if isinstance(images, (ImageSource, NamedInputs)) else ImageSource(processor, images)
+        def source(data: Any, names: ClassNames | None = None, candidate: _Candidate = candidate) -> Inputs:
+            own = None if isinstance(data, Inputs) else names
+            return source_of(data, candidate.processor, candidate.kind, class_names=own, batch_size=batch_size)
 
-    id_images = source(id_images)
-    sources = {name: source(images) for name, images in ood_images.items()}
-    if id_images.classes is not None:
-        objective.check_labels(id_images.classes)
-    known = image_scores(model, objective, id_images, scores=scores, temperature=temperature)
-    unknown = {
-        name: image_scores(model, objective, images, scores=scores, temperature=temperature)
-        for name, images in sources.items()
-    }
-    rows = [
-        EvaluationRow(
-            name,
-            score_name,
-            ood_metrics(
-                known.scores[score_name],
-                images.scores[score_name],
-                positive=positive,
-                threshold=threshold,
-                tpr=tpr,
-            ),
+        names = candidate.class_names if class_names is None else ClassNames.of(class_names)
+        all_sets[name] = {ID_SET: source(id_data, names if labelled else None)}
+        all_sets[name] |= {ood_set: source(data) for ood_set, data in ood_data.items()}
+        labels_mean = all_sets[name][ID_SET].classes
+        if labels_mean is not None:
+            labels_mean.check_order_of(candidate.class_names, "the model")
+        candidates[name] = candidate._replace(
+            subject=_with_fit_data(candidate.subject, fit_data, source, all_sets[name])
         )
-        for name, images in unknown.items()
-        for score_name in scores
-    ]
-    with evaluation_mode(model) as (backbone, _):
-        prompt = objective.prompt if backbone.needs_prompts else None
-    return Evaluation(known, unknown, rows, prompt, versions())
+    with _progress(shown=progress, total=sum(len(one) for sets in all_sets.values() for one in sets.values())) as count:
+        folder = None if cache is None else Path(cache)
+        for name, candidate in candidates.items():
+            models |= Passes(candidate.subject, all_sets[name], errors=errors, cache=folder, count=count).run()
+    first = next(iter(candidates))
+    shown = all_sets[first]
+    return Evaluation.of(
+        models,
+        conventions,
+        prompt=candidates[first].prompt,
+        class_names=list(candidates[first].class_names.names),
+        shown=lambda set_name, number: shown[set_name].shown(number),
+    )
 
 
-def image_scores(
+def _check(ood_data: Any, errors: str) -> None:
+    if not isinstance(ood_data, Mapping):
+        raise ValueError(
+            f"ood_data is a {type(ood_data).__name__}; give OOD sets by name, for example {{'noise': images}}."
+        )
+    if not ood_data:
+        raise ValueError("ood_data is empty; give at least one OOD set, for example {'noise': images}.")
+    check_set_names(ood_data)
+    if errors not in ("raise", "leave_out"):
+        raise ValueError(f"errors is {errors!r}; write 'raise' or 'leave_out'.")
+
+
+def _of_model(
     model: nn.Module,
-    objective: Objective,
-    images: ImageSource | NamedInputs,
-    *,
-    scores: Scores = DEFAULT_SCORES,
-    temperature: float | None = None,
-) -> ImageScores:
-    """Global logits and scores of a set of images, in evaluation mode and without gradients.
-
-    Args:
-        model: A stock model of a known family, or a PEFT model.
-        objective: Gives the class prompts; its images are not read.
-        images: The images, labelled or not.
-        scores: As for `evaluate`.
-        temperature: As for `evaluate`.
-
-    Raises:
-        ValueError: If no score is given, one is unknown or has no such setting, the family of the model is not known,
-            or the images do not fit it.
-    """
-    if isinstance(scores, str) or not scores:
-        raise ValueError(f"scores is {scores!r}; give a list of names, such as {list(DEFAULT_SCORES)}.")
-    given: Mapping[str, Mapping[str, Any]] = scores if isinstance(scores, Mapping) else {name: {} for name in scores}
-    if not all(isinstance(chosen, Mapping) for chosen in given.values()):
-        raise ValueError(f"scores is {scores!r}; give each score its settings by name, as in {{'mcm': {{}}}}.")
-    if temperature is not None:
-        given = {name: {"temperature": temperature, **chosen} for name, chosen in given.items()}
-    found = {name: find_score(name) for name in given}
-    needs_local = any(entry.needs_local for entry in found.values())
-    logits, labels, values = [], [], []
-    with evaluation_mode(model) as (backbone, _):
-        classes = objective.class_weights(backbone)
-        scale = float(classes.scale)
-        settings: dict[str, dict[str, Any]] = {
-            name: {
-                setting: value.item() if isinstance(value, Tensor) else value
-                for setting, value in entry.settings(scale, given[name]).items()
-            }
-            for name, entry in found.items()
-        }
-        for batch, batch_labels in images.batches():
-            features = backbone.embedded(backbone.image_features(batch))
-            for part in _parts(features, classes, needs_local):
-                logits.append(part.pooled.cpu())
-                values.append(torch.stack([score(name, part, **settings[name]) for name in settings]))
-            labels.append(batch_labels)
-    by_score = torch.cat(values, dim=1).cpu()
-    return ImageScores(torch.cat(logits), torch.cat(labels), dict(zip(settings, by_score, strict=True)), settings)
+    adapters: Mapping[str, str | None],
+    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    processor: Any,
+    class_names: Any,
+    prompt: str | Sequence[str],
+    negative_labels: Any,
+) -> _Candidate:
+    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
+    if class_names is None and not backbone.needs_prompts:
+        class_names = ClassNames.of_model(backbone.model.config.id2label)
+    if class_names is None:
+        raise ValueError(
+            f"{type(backbone.model).__name__} does not name its classes; give class_names, the in-distribution classes."
+        )
+    classes = ClassPrompts(processor, class_names, prompt, negative_labels=negative_labels)
+    used = prompt if backbone.needs_prompts else None
+    return _Candidate(Subject(model, adapters, classes, scores), processor, _kind(backbone), classes.classes, used)
 
 
-def image_logits(model: nn.Module, objective: Objective, inputs: Tensor | Mapping[str, Tensor]) -> Logits:
-    """Global and local logits of one batch, in evaluation mode and without gradients.
-
-    Args:
-        model: A stock model of a known family, or a PEFT model.
-        objective: Gives the class prompts, which are encoded anew in each call; its images are not read.
-        inputs: Pixel values (images, channels, height, width), or the model's inputs by name, as its processor gives
-            them; on any device.
-
-    Returns:
-        Global logits (images, classes) and local logits (images, patches, classes), float32, on the model's device.
-
-    Raises:
-        ValueError: If the family of the model is not known, or the images do not fit it.
-    """
-    with evaluation_mode(model) as (backbone, _):
-        return backbone.logits(inputs, objective.class_weights(backbone))
+def _of_detector(
+    detector: OODDetector,
+    adapters: Mapping[str, str | None],
+    scores: Mapping[str, tuple[Score, Mapping[str, Any]]] | None,
+    temperature: float | None,
+) -> _Candidate:
+    if scores is None:
+        settings = dict(detector.settings)
+        if temperature is not None:
+            settings["temperature"] = temperature
+        scores = {detector.score_name: (detector.score, settings)}
+    subject = Subject(detector.model, adapters, detector.classes, scores)
+    names = ClassNames.of(detector.class_names)
+    return _Candidate(subject, detector.processor, detector.kind, names, detector.prompt)
 
 
-def _parts(features: ImageFeatures, classes: ClassWeights, needs_local: bool) -> Iterator[Logits]:
-    """Logits of a batch, some images at a time so that local ones stay small."""
-    images = len(features.pooled)
-    if needs_local:
-        numel = features.local.shape[1] * len(classes.weight)
-        images = max(1, LOCAL_LOGITS_CHUNK.get(features.local.device.type, 2**24) // numel)
-    for start in range(0, len(features.pooled), images):
-        part = slice(start, start + images)
-        mask = None if features.mask is None else features.mask[part]
-        yield classes.logits_of(ImageFeatures(features.pooled[part], features.local[part], mask), local=needs_local)
+def _kind(backbone: Backbone) -> Kind:
+    return "text" if backbone.input_tower == "text" else "image"
 
 
-def _percent_level(tpr: float) -> str:
-    return f"{100 * tpr:g}"
+def _with_fit_data(
+    subject: Subject, fit_data: Any, source: Callable[[Any], Inputs], sets: Mapping[str, Inputs]
+) -> Subject:
+    """The subject with what its scores are fitted on, which is no test data."""
+    to_fit = [name for name, (score, _) in subject.scores.items() if score.needs_fit]
+    if not to_fit:
+        if fit_data is not None:
+            raise ValueError(
+                f"None of the scores {', '.join(map(repr, subject.scores))} has to be fitted; leave fit_data out."
+            )
+        return subject
+    if fit_data is None:
+        raise ValueError(
+            f"The score {to_fit[0]!r} has to be fitted on ID data first; give fit_data, ID inputs that are none of the "
+            "test data."
+        )
+    inputs, tested = source(fit_data), set(sets[ID_SET].contents())
+    shared = sum(content in tested for content in inputs.contents())
+    if shared == len(inputs):
+        raise ValueError("fit_data are the test data; give other ID inputs, or the figures say too much.")
+    if shared:
+        warnings.warn(
+            f"{shared} of {len(inputs)} inputs of fit_data are test data, too, so that the figures say too much.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return Subject(subject.model, subject.adapters, subject.classes, subject.scores, inputs)
+
+
+@contextmanager
+def _progress(*, shown: bool, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, and the function that moves it on."""
+    columns = BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("inputs"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(file=sys.stderr), disable=not shown) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda inputs: bar.advance(task, inputs)

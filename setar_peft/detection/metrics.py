@@ -37,6 +37,18 @@ class OperatingPoint(NamedTuple):
     threshold: float
 
 
+class DetectionAccuracy(NamedTuple):
+    """How many inputs a threshold tells right.
+
+    Attributes:
+        accuracy: Mean of the shares of ID inputs at or above the threshold and of OOD inputs below it, in [0, 1].
+        threshold: In the units of the score.
+    """
+
+    accuracy: float
+    threshold: float
+
+
 @dataclass(frozen=True)
 class OODMetrics:
     """The figures of one score on one pair of sets, with the convention they were taken in.
@@ -46,6 +58,9 @@ class OODMetrics:
         auroc: Area under the ROC curve, in [0, 1]; the same whichever class is positive.
         aupr_in: Average precision with ID as the positive class, in [0, 1].
         aupr_out: Average precision with OOD as the positive class, in [0, 1].
+        detection_accuracy: Mean of the shares of ID and of OOD inputs that are told right, at the threshold that tells
+            most, in [0.5, 1]; see `detection_accuracy`.
+        accuracy_at_threshold: The same mean at the threshold where `fpr` was read off, in [0, 1].
         threshold: Where `fpr` was read off, in the units of the score; see `OperatingPoint`.
         positive: The positive class of `fpr`, "id" or "ood".
         threshold_rule: How the threshold was chosen, "at_least" or "closest".
@@ -56,6 +71,8 @@ class OODMetrics:
     auroc: float
     aupr_in: float
     aupr_out: float
+    detection_accuracy: float
+    accuracy_at_threshold: float
     threshold: float
     positive: Positive
     threshold_rule: ThresholdRule
@@ -150,6 +167,33 @@ def aupr_out(id_scores: Scores, ood_scores: Scores, *, area: AreaRule = "average
     return _area_under_precision_recall(id_scores, ood_scores, "ood", area)
 
 
+def detection_accuracy(id_scores: Scores, ood_scores: Scores) -> DetectionAccuracy:
+    """The best that any threshold does where either side is equally likely: the mean of both sides' shares told right.
+
+    One minus the detection error of Liang et al., 2018, https://arxiv.org/abs/1706.02690, section 4.2. The threshold is
+    chosen with the OOD inputs at hand, so that the figure is a bound and nothing that a deployed threshold reaches.
+
+    Args:
+        id_scores: Scores of ID inputs, (n,), higher meaning more in-distribution.
+        ood_scores: Scores of OOD inputs, (m,).
+
+    Returns:
+        At least 0.5, and the strictest of the best thresholds; infinity where it is best to reject everything.
+
+    Raises:
+        ValueError: If a side is empty, not 1-D or not finite.
+
+    Example:
+        >>> detection_accuracy([0.9, 0.8, 0.7, 0.6], [0.5, 0.65])
+        DetectionAccuracy(accuracy=0.875, threshold=0.7)
+    """
+    # A point on a straight piece of the curve is no better than both its ends.
+    fprs, tprs, thresholds = roc_curve(*_ranked(id_scores, ood_scores, "id"))
+    told_right = (tprs + 1 - fprs) / 2
+    best = int(np.argmax(told_right))
+    return DetectionAccuracy(float(told_right[best]), float(thresholds[best]))
+
+
 def ood_metrics(
     id_scores: Scores,
     ood_scores: Scores,
@@ -175,13 +219,15 @@ def ood_metrics(
         0.5
     """
     # Once here, so that scores on another device travel once.
-    id_scores, ood_scores = _as_array("id_scores", id_scores), _as_array("ood_scores", ood_scores)
+    id_scores, ood_scores = as_scores("id_scores", id_scores), as_scores("ood_scores", ood_scores)
     point = fpr_at_tpr(id_scores, ood_scores, tpr, positive=positive, threshold=threshold)
     return OODMetrics(
         fpr=point.fpr,
         auroc=auroc(id_scores, ood_scores),
         aupr_in=aupr_in(id_scores, ood_scores),
         aupr_out=aupr_out(id_scores, ood_scores),
+        detection_accuracy=detection_accuracy(id_scores, ood_scores).accuracy,
+        accuracy_at_threshold=(point.tpr + 1 - point.fpr) / 2,
         threshold=point.threshold,
         positive=positive,
         threshold_rule=threshold,
@@ -233,14 +279,22 @@ def _area_under_precision_recall(id_scores: Scores, ood_scores: Scores, positive
 
 def _ranked(id_scores: Scores, ood_scores: Scores, positive: Positive) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Both sides for scikit-learn: which are positive, and scores that are higher for those; (n + m,)."""
-    id_array, ood_array = _as_array("id_scores", id_scores), _as_array("ood_scores", ood_scores)
+    id_array, ood_array = as_scores("id_scores", id_scores), as_scores("ood_scores", ood_scores)
     is_id = np.repeat([1, 0], [len(id_array), len(ood_array)])
     scores = np.concatenate([id_array, ood_array])
     return (is_id, scores) if positive == "id" else (1 - is_id, -scores)
 
 
-def _as_array(argument: str, scores: Scores) -> NDArray[np.float64]:
-    """`scores` as float64, which holds every float32 and half-precision value as it is: ties stay ties."""
+def as_scores(argument: str, scores: Scores) -> NDArray[np.float64]:
+    """Scores as an array of float64, (n,), which holds every float32 and half-precision value as it is: ties stay ties.
+
+    Args:
+        argument: What they are called, for the error.
+        scores: (n,).
+
+    Raises:
+        ValueError: If they are none, not 1-D or not finite.
+    """
     if isinstance(scores, Tensor):
         array = scores.detach().to("cpu", torch.float64).numpy()
     else:

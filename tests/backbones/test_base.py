@@ -14,7 +14,7 @@ from transformers import CLIPModel, ViTConfig, ViTForImageClassification
 from setar_peft import LoCoOpObjective
 from setar_peft.backbones import ClassWeights, ImageFeatures, backbone_of
 from setar_peft.backbones.classifier import linear_map
-from setar_peft.detection.evaluation import image_logits
+from setar_peft.detection.features import image_logits
 from setar_peft.objectives.loss import locoop_sums
 from tests.backbones import checks
 

@@ -12,8 +12,7 @@ from transformers import Siglip2Config, Siglip2Model, SiglipConfig, SiglipForIma
 
 from setar_peft import SeTARConfig, search_rank_ratios
 from setar_peft.backbones import backbone_of, default_target_modules
-from setar_peft.data.images import ImageSource
-from setar_peft.detection.evaluation import image_logits, image_scores
+from setar_peft.detection.features import image_logits
 from setar_peft.detection.scores import local_mcm, score
 from setar_peft.objectives.class_prompts import ClassPrompts
 from tests.backbones import checks
@@ -138,8 +137,6 @@ def test_everybody_encodes_the_prompts_alike(tiny: Any) -> None:
         output = tiny(pixel_values=checks.random_images(12, 3, 32, 32), **tokens)
     logits = image_logits(tiny, objective, checks.random_images(12, 3, 32, 32))
     torch.testing.assert_close(logits.pooled, output.logits_per_image, rtol=1e-5, atol=1e-5)
-    images = image_scores(tiny, objective, ImageSource(None, checks.random_images(12, 3, 32, 32)))
-    torch.testing.assert_close(images.logits, output.logits_per_image, rtol=1e-5, atol=1e-5)
     loss = torch.nn.functional.cross_entropy(output.logits_per_image, checks.labels_of(12))
     assert objective.losses(tiny).id_loss == pytest.approx(float(loss), rel=1e-5)
 

@@ -46,11 +46,12 @@ def test_the_digits_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
         "results.json",
         "figure.png",
     }
-    assert len(result.before.rows) == 6
+    # Three OOD sets and their mean, two scores, two models.
+    assert len(result.evaluation.rows) == 16
     assert SearchTrace.load(tmp_path / "out" / "trace.json").rows == result.trace.rows
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["rank_ratios"] == result.rank_ratios
-    assert results["after"] == result.after.to_dict()
+    assert results["evaluation"] == result.evaluation.to_dict()
     assert (results["top_k"], results["search_images"]) == (2, 140)
 
 

@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from setar_peft import LoCoOpObjective, Objective, SeTARConfig, estimate_cost, search_rank_ratios
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, backbone_of
-from setar_peft.detection.evaluation import image_scores
+from setar_peft.detection.evaluation import evaluate
 from setar_peft.objectives.loss import LossValues, locoop_loss
 from tests.backbones import checks
 
@@ -130,7 +130,7 @@ def test_class_names_are_a_classifiers_own_in_its_order() -> None:
             wrong.losses,
             lambda model, wrong=wrong: search_rank_ratios(model, wrong, progress=False),
             lambda model, wrong=wrong: estimate_cost(model, wrong),
-            lambda model, wrong=wrong: image_scores(model, wrong, wrong.images),
+            lambda model, wrong=wrong: evaluate(model, wrong.images, {"same": wrong.images}),
         ):
             with pytest.raises(ValueError, match=r"in its order.*Trouser, Ankle boot, Bag\. Give class_names="):
                 use(model)

@@ -1,0 +1,84 @@
+"""What the figures that a cache keeps depend on, as plain values."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from setar_peft.backbones import ClassWeights, backbone_of
+from setar_peft.data.inputs import Inputs
+from setar_peft.detection.cache import key_of
+from setar_peft.detection.fingerprint import bytes_of
+from setar_peft.detection.scoring import Score
+from setar_peft.objectives.class_prompts import ClassPrompts
+from setar_peft.versions import versions
+
+
+def key_of_set(model_digest: str, inputs_digest: str, batch_size: int, device: str) -> str:
+    """The key of a set as one model reads it.
+
+    The batch size is in it, as it moves the last digits: what a cache gives is what was computed, to the bit.
+    """
+    return key_of(
+        model=model_digest,
+        inputs=inputs_digest,
+        batch_size=batch_size,
+        device=device,
+        autocast=torch.is_autocast_enabled(device),
+        versions=versions(),
+    )
+
+
+def keys_of_scores(
+    model: nn.Module,
+    classes: ClassPrompts | ClassWeights,
+    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    fit_inputs: Inputs | None,
+) -> dict[str, str]:
+    """Name -> key, of the scores that can be kept, and under "" of the predictions.
+
+    A score of the user's own cannot: nobody knows whether its function is what it was yesterday.
+    """
+    described = _classes(model, classes)
+    fit = None if fit_inputs is None else fit_inputs.digest()
+    keys = {"": key_of(classes=described)}
+    for name, (score, given) in scores.items():
+        identity = _identity(score)
+        if identity is not None:
+            data = fit if score.needs_fit else None
+            keys[name] = key_of(classes=described, score=identity, given=dict(given), fit=data)
+    return keys
+
+
+def _identity(score: Score) -> Any:
+    modules = [type(score).__module__, getattr(score.function, "__module__", None)]
+    values, tensors = score.state()
+    is_known = all(str(module).startswith("setar_peft.") for module in modules)
+    if not is_known or (score.needs_fit and not values):
+        return None
+    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
+    return [type(score).__qualname__, getattr(score.function, "__qualname__", None), score.name, values, digests]
+
+
+def _classes(model: nn.Module, classes: ClassPrompts | ClassWeights) -> Any:
+    """What the map from features to logits is made of; prompts are tokenised, and not encoded."""
+    if isinstance(classes, ClassWeights):
+        return [None if tensor is None else _digest(torch.as_tensor(tensor)) for tensor in classes]
+    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
+    tokens: dict[str, Any] = {}
+    if backbone.needs_prompts:
+        # It warns again where the prompts are encoded.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokens = {name: tensor.tolist() for name, tensor in classes.tokens(backbone).items()}
+    return [classes.class_names, classes.prompts, classes.negative_labels, tokens]
+
+
+def _digest(tensor: Tensor) -> str:
+    header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return hashlib.sha256(header + bytes(bytes_of(tensor))).hexdigest()
