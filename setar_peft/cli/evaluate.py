@@ -125,6 +125,7 @@ def evaluate(
     if len(chosen) > 1:
         raise ValueError(f"Give one of {' and '.join(chosen)}.")
     sets = _named(ood, "OOD set")
+    _check_outputs({"--parquet": parquet, "--report": report}, drawn=report is not None or plots_folder is not None)
     settings: dict[str, Any] = {
         "temperature": temperature,
         "batch_size": batch_size,
@@ -166,6 +167,15 @@ def evaluate(
     if plots_folder is not None:
         _plot(result, plots_folder)
     typer.echo(_FORMATS[chosen[0]](result).rstrip("\n") if chosen else result.table())
+
+
+def _check_outputs(files: dict[str, Path | None], *, drawn: bool) -> None:
+    """See at once whether the results can be written."""
+    for option, file in files.items():
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"{option} is {file}, and there is no folder {file.parent}; make it first.")
+    if drawn:
+        plots.check_matplotlib()
 
 
 def _has_folders(path: Path) -> bool:
