@@ -130,7 +130,12 @@ class Tower(ABC):
         Args:
             inputs: The model's inputs by name.
             layers: Whether the features after each block are wanted, too.
+
+        Raises:
+            ValueError: If they are, and the tower has no class token.
         """
+        if layers:
+            self.check_has_class_token()
         if torch.compiler.is_compiling():
             # A forward that is being exported cannot be stopped; what nobody reads of it is no part of the graph.
             entries = self._entries(inputs, whole=True)
@@ -166,14 +171,16 @@ class Tower(ABC):
 
         Returns:
             Pooled features, (batch, d).
-
-        Raises:
-            ValueError: If the tower has no class token, or blocks of several widths.
         """
-        raise ValueError(
-            f"{type(self.model).__name__} has no class token that runs through all blocks, so that there are no "
-            "features by block; take a score that reads the last one's."
-        )
+        raise NotImplementedError(type(self).__name__)
+
+    def check_has_class_token(self) -> None:
+        """Raise a `ValueError` if the tower has no class token, or blocks of several widths."""
+        if type(self).class_token is Tower.class_token:
+            raise ValueError(
+                f"{type(self.model).__name__} has no class token that runs through all blocks, so that there are no "
+                "features by block; take a score that reads the last one's."
+            )
 
     def parts(self, level: int) -> Mapping[str, nn.Module]:
         """The modules that run at a level, by full name: its block, or the head at the level above the last block."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights, backbone_of
-from setar_peft.data.inputs import Inputs
+from setar_peft.backbones import ClassWeights, ImageFeatures, backbone_of
+from setar_peft.data.inputs import InputBatch, Inputs
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import is_single, source_of, stream_of
 from setar_peft.detection.adapters import state_of
@@ -106,6 +106,10 @@ class OODDetector(HubDetector):
             backbone = reader.backbone
             ((variant, self._bank),) = reader.classes.items()
             self.settings = reader.settings(variant, self._score, given)
+        if "negative_logits" in self._score.reads and self._bank.negative is None:
+            raise ValueError(
+                f"The score {self.score_name} compares with labels that are none of the classes; give negative_labels."
+            )
         self.kind: Literal["image", "text"] = "text" if backbone.input_tower == "text" else "image"
         self.prompt = self._prompts.prompt if backbone.needs_prompts else None
         self.class_names = self._prompts.class_names
@@ -313,20 +317,43 @@ class OODDetector(HubDetector):
         """By batch: numbers of the inputs that could be read, what is said of them, and why others are not decided."""
         self._check_score_is_fitted()
         scores = {self.score_name: (self._score, self.settings)}
-        for batch in inputs.readable_batches():
-            errors, outputs = dict(batch.errors), None
-            # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
-            with self._reading() as reader:
-                for variant, read in reader.features(batch).items():
-                    outputs = reader.outputs(variant, read, scores, top_k)
-            if outputs is not None:
-                finite = outputs.scores[self.score_name].isfinite().tolist()
-                broken = [number for number, is_finite in zip(batch.numbers, finite, strict=True) if not is_finite]
-                for number in broken:
-                    errors[number] = (
-                        f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
-                    )
-            yield batch.numbers, outputs, errors
+        with closing(inputs.readable_batches()) as batches:
+            for batch in batches:
+                yield self._outputs_of(batch, inputs, scores, top_k)
+
+    def _outputs_of(
+        self, batch: InputBatch, inputs: Inputs, scores: Mapping[str, tuple[Score, dict[str, Any]]], top_k: int
+    ) -> tuple[list[int], Outputs | None, dict[int, str]]:
+        errors, outputs = dict(batch.errors), None
+        # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
+        with self._reading() as reader:
+            batch, features = self._taken(reader, batch, inputs, errors)
+            for variant, read in features.items():
+                outputs = reader.outputs(variant, read, scores, top_k)
+        if outputs is not None:
+            finite = outputs.scores[self.score_name].isfinite().tolist()
+            broken = [number for number, is_finite in zip(batch.numbers, finite, strict=True) if not is_finite]
+            for number in broken:
+                errors[number] = (
+                    f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
+                )
+        return batch.numbers, outputs, errors
+
+    def _taken(
+        self, reader: Reader, batch: InputBatch, inputs: Inputs, errors: dict[int, str]
+    ) -> tuple[InputBatch, dict[str, ImageFeatures]]:
+        """What the model can take of a batch, and its features; why it refuses the others goes to `errors`."""
+        try:
+            return batch, reader.features(batch)
+        except ValueError:
+            for number in batch.numbers:
+                refusal = _refusal(reader, inputs, number)
+                if refusal is not None:
+                    errors[number] = f"{inputs.name(number)} is refused: {refusal}"
+            taken = [number for number in batch.numbers if number not in errors]
+            # Read anew: texts were padded to the longest.
+            batch = _batch_of(inputs, taken)
+            return batch, reader.features(batch)
 
     def _all_scores(self, inputs: Inputs, score: Score) -> NDArray[np.float32]:
         scores = []
@@ -400,6 +427,23 @@ class OODDetector(HubDetector):
             f"OODDetector({type(self.model).__name__}, {len(self.class_names)} classes, {self.score_name}{at}, "
             f"threshold {self.threshold or 'not fitted'})"
         )
+
+
+def _batch_of(inputs: Inputs, numbers: list[int]) -> InputBatch:
+    """Some inputs of a batch, as a batch of their own."""
+    if not numbers:
+        return InputBatch([], None, inputs.labels[:0], {})
+    with closing(inputs.select(numbers).readable_batches()) as batches:
+        return next(batches)._replace(numbers=numbers)
+
+
+def _refusal(reader: Reader, inputs: Inputs, number: int) -> str | None:
+    """Why the model does not take an input; None if it does."""
+    try:
+        reader.features(_batch_of(inputs, [number]))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _raise_first(errors: Mapping[int, str]) -> None:

@@ -57,6 +57,8 @@ class Reader:
         self._model, self._adapters, self._layers = model, dict(adapters), layers
         self.backbone = backbone
         self._tower = backbone.towers[backbone.input_tower]
+        if layers:
+            self._tower.check_has_class_token()
         self._shared = blocks_below_adapters(backbone) if len(self._adapters) > 1 else 0
         self.classes: dict[str, ClassWeights] = {}
         for name, adapter in self._adapters.items():

@@ -116,6 +116,25 @@ def test_what_cannot_be_read_is_a_record_or_an_exception(detector: Any, tmp_path
         detector(paths, errors="ignore")
 
 
+def test_what_the_model_refuses_is_a_record_and_the_others_are_decided(detector: Any, text_model: Any) -> None:
+    """One text of a batch that is longer than the model's positions; an image of another size, alone in its batch."""
+    model, tokenizer = text_model
+    texts = ["the cat sat", "the " * 40, "the dog sat"]
+    of_texts = OODDetector(model, tokenizer, score="energy").at(threshold=-100.0)
+    records = of_texts(texts)
+    assert [record.error is None for record in records] == [True, False, True]
+    assert "1 is refused" in records[1].error
+    assert "at most 32 tokens" in records[1].error
+    assert records[2].score == pytest.approx(of_texts(texts[2]).score, abs=1e-5)
+    pixels = processed(detector, 1)
+    detector.at(threshold=0.0)
+    assert "is refused: The images have shape" in detector(pixels[:, :, :-1])[0].error
+    with pytest.raises(ValueError, match="is refused"):
+        of_texts(texts, errors="raise")
+    with pytest.raises(ValueError, match="at most 32 tokens"):
+        of_texts.fit(texts)
+
+
 def test_a_threshold_is_not_found_on_what_cannot_be_read(detector: Any, tmp_path: Path) -> None:
     paths = written(tmp_path, 9)
     paths[2].write_bytes(b"")
@@ -368,6 +387,20 @@ def test_a_score_that_is_fitted_itself_sees_other_inputs_than_the_threshold(
         detector.fit(images[:1])
     with pytest.raises(ValueError, match="nothing to fit"):
         OODDetector(load_clip(), processor, class_names).fit(images, fit_data=images)
+
+
+def test_a_score_that_the_model_cannot_give_is_refused_at_once(
+    load_clip: Any, processor: Any, class_names: list[str], golden: Path
+) -> None:
+    from transformers import Swinv2ForImageClassification
+
+    with pytest.raises(ValueError, match=r"neglabel compares with labels.*give negative_labels"):
+        OODDetector(load_clip(), processor, class_names, "neglabel")
+    swin = Swinv2ForImageClassification.from_pretrained(golden / "cases" / "swin_tiny").eval()
+    names = [f"class {number}" for number in range(swin.config.num_labels)]
+    swin.config.id2label = dict(enumerate(names))
+    with pytest.raises(ValueError, match="no class token that runs through all blocks"):
+        OODDetector(swin, None, names, "layer_fusion:mcm")
 
 
 def test_a_column_of_a_data_set(detector: Any) -> None:
