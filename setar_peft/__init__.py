@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from setar_peft.data.images import ImageSource
     from setar_peft.detection.detector import OODDetector
     from setar_peft.detection.evaluation import evaluate
+    from setar_peft.detection.external import PytorchOOD
+    from setar_peft.detection.fusion import LayerFusion
     from setar_peft.detection.result import Evaluation
     from setar_peft.detection.scores import register_score
     from setar_peft.detection.scoring import Score
@@ -40,10 +42,12 @@ __all__ = [
     "CardFacts",
     "Evaluation",
     "ImageSource",
+    "LayerFusion",
     "LoCoOpObjective",
     "OODDetector",
     "Objective",
     "PatchMetricObjective",
+    "PytorchOOD",
     "Score",
     "SeTARConfig",
     "SeTARLayer",
@@ -63,10 +67,12 @@ _HOMES = {
     "CardFacts": "tuner.config",
     "Evaluation": "detection.result",
     "ImageSource": "data.images",
+    "LayerFusion": "detection.fusion",
     "LoCoOpObjective": "objectives.locoop",
     "OODDetector": "detection.detector",
     "Objective": "objectives.base",
     "PatchMetricObjective": "objectives.patch_metric",
+    "PytorchOOD": "detection.external",
     "SeTARConfig": "tuner.config",
     "SeTARLayer": "tuner.layer",
     "SeTARModel": "tuner.model",
@@ -120,6 +126,15 @@ def _wrap_transformers(integration: Any) -> None:
     mixin.load_adapter = wrapped
 
 
+def _register_pipeline(pipelines: Any) -> None:
+    """Make `pipeline("ood-detection")` known to transformers; the detector is imported when one is made."""
+    from setar_peft.detection.pipeline import TASK, DetectorName, OODDetectionPipeline
+
+    pipelines.PIPELINE_REGISTRY.register_pipeline(
+        TASK, pipeline_class=OODDetectionPipeline, pt_model=DetectorName, type="multimodal"
+    )
+
+
 class _After(MetaPathFinder):
     """Does something with a module once it has been imported, by whomever."""
 
@@ -146,7 +161,11 @@ class _After(MetaPathFinder):
         return spec
 
 
-for _name, _act in (("peft", _register), ("transformers.integrations.peft", _wrap_transformers)):
+for _name, _act in (
+    ("peft", _register),
+    ("transformers.integrations.peft", _wrap_transformers),
+    ("transformers.pipelines", _register_pipeline),
+):
     if _name in sys.modules:
         _act(sys.modules[_name])
     else:

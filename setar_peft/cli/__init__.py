@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-_COMMANDS = ("demo", "search", "evaluate", "fit", "detect", "merge", "export-lora", "info")
+_COMMANDS = ("demo", "search", "evaluate", "fit", "detect", "merge", "export-lora", "export-onnx", "info")
 
 
 class _Unloaded(typer.core.TyperCommand):

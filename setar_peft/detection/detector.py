@@ -286,6 +286,21 @@ class OODDetector(HubDetector):
         self._threshold_in_use()
         return Batched(self, column)
 
+    @property
+    def score(self) -> Score:
+        """The score, fitted where it has to be."""
+        return self._score
+
+    @property
+    def class_weights(self) -> ClassWeights:
+        """The map from features to logits: the text bank, or the classifier.
+
+        Raises:
+            ValueError: If the model has been changed since.
+        """
+        with self._reading():
+            return self._bank
+
     def _records(self, sources: Iterator[Inputs], top_k: int, errors: Errors) -> Iterator[Detection]:
         threshold = self._threshold_in_use().value
         if errors not in ("record", "raise"):
@@ -371,11 +386,6 @@ class OODDetector(HubDetector):
             _raise_first(batch.errors)
             for name, read in features.items():
                 yield from reader.readings(name, read, batch.labels, local=self._score.needs_local)
-
-    @property
-    def score(self) -> Score:
-        """The score, fitted where it had to be."""
-        return self._score
 
     @property
     def classes(self) -> ClassWeights:

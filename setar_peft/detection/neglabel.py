@@ -39,7 +39,7 @@ def neglabel(
     """
     check_logits("global_logits", global_logits, ("n", "classes"))
     check_logits("negative_logits", negative_logits, ("n", "negative labels"))
-    if len(global_logits) != len(negative_logits):
+    if global_logits.shape[0] != negative_logits.shape[0]:  # not len(), which torch.export takes for a constant
         raise ValueError(
             f"global_logits are of {len(global_logits)} images and negative_logits of {len(negative_logits)}; give "
             "those of the same images."

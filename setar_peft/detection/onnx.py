@@ -14,19 +14,28 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights
+from setar_peft.data.images import image_processor_of
+from setar_peft.data.sources import source_of
+from setar_peft.detection.detector import OODDetector
 from setar_peft.detection.onnx_graph import DetectorGraph, Outputs
 from setar_peft.detection.scoring import Score
+from setar_peft.hub.whole_folder import written_whole
 from setar_peft.versions import versions
 
 OnnxDtype = Literal["float32", "float16"]
+
+# torch 2.6 cannot follow Swin, SigLIP and BERT.
+OLDEST_TORCH = (2, 8)
 
 # How far scores and logits may be from the model's, as a share of the largest of them where that is above 1.
 TOLERANCE: dict[str, float] = {"float32": 1e-4, "float16": 1e-2}
@@ -42,6 +51,7 @@ class OnnxCheck:
         score_difference: Largest absolute difference of their scores.
         logit_difference: Largest absolute difference of their logits.
         undecided: How many scores are so near to the threshold that rounding decides; all other decisions are the same.
+        carried: What the graph carries: name -> what JSON can hold.
     """
 
     files: tuple[Path, ...]
@@ -49,6 +59,7 @@ class OnnxCheck:
     score_difference: float
     logit_difference: float
     undecided: int
+    carried: dict[str, Any]
 
     def __str__(self) -> str:
         but = f" but for {self.undecided} at the threshold" if self.undecided else ""
@@ -135,14 +146,94 @@ def export_onnx(
         files = sorted(Path(folder).iterdir())
         for file in reversed(files):
             file.rename(path.parent / file.name)
-    return OnnxCheck(tuple(path.parent / file.name for file in files), *figures)
+    return OnnxCheck(tuple(path.parent / file.name for file in files), *figures, carried)
+
+
+def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype = "float32") -> OnnxCheck:
+    """Write a fitted detector as `model.onnx`, and beside it `detector.json`, which says how to use it.
+
+    `detector.json` holds the names of the classes, the settings of the image processor, the score with its settings,
+    and the threshold with what it rests on; the graph carries the same. A text detector's tokenizer is beside it. See
+    docs/onnx.md, with an example that needs onnxruntime, Pillow and NumPy alone.
+
+    Args:
+        detector: A detector with a threshold, and with a processor that takes pictures or texts.
+        folder: A new or empty folder; all files appear in it, or none.
+        dtype: What the model computes in.
+
+    Returns:
+        How far the graph is from the model, on made-up pictures or texts and on noise.
+
+    Raises:
+        ValueError: If the detector has no threshold, the folder holds files, or as `export_onnx`.
+
+    Warns:
+        UserWarning: As `export_onnx`.
+    """
+    check_packages()
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds files; give a new folder, so that nothing is overwritten.")
+    if detector.threshold is None:
+        raise ValueError("The detector has no threshold, so that its graph could not decide; call fit(id_data) first.")
+    samples = (
+        made_up_pictures() if detector.kind == "image" else [f"A word on {name}." for name in detector.class_names]
+    )
+    example, _ = next(source_of(samples, detector.processor, detector.kind, batch_size=4).batches())
+    described = {
+        "kind": detector.kind,
+        "class_names": list(detector.class_names),
+        "prompt": detector.prompt if isinstance(detector.prompt, (str, type(None))) else list(detector.prompt),
+        "threshold_found": asdict(detector.threshold),
+    }
+    with written_whole(folder) as unfinished:
+        if detector.kind == "image":
+            described["preprocessing"] = json.loads(image_processor_of(detector.processor).to_json_string())
+        else:
+            getattr(detector.processor, "tokenizer", detector.processor).save_pretrained(unfinished)
+        check = export_onnx(
+            detector.model,
+            detector.class_weights,
+            detector.score,
+            detector.settings,
+            detector.threshold.value,
+            unfinished / "model.onnx",
+            example,
+            dtype=dtype,
+            metadata=described,
+        )
+        document = json.dumps(check.carried, indent=2, ensure_ascii=False)
+        (unfinished / "detector.json").write_text(f"{document}\n", encoding="utf-8")
+    return replace(check, files=tuple(folder / file.name for file in check.files))
+
+
+def made_up_pictures(count: int = 4) -> list[Image.Image]:
+    """Pictures that have what photographs have: shades, edges, shapes before a ground, and a little noise; seeded."""
+    generator = np.random.default_rng(0)
+    height, width = 240, 320
+    rows, columns = np.mgrid[0:height, 0:width] / height
+    found = []
+    for _ in range(count):
+        colours = generator.uniform(0, 255, (3, 3))
+        picture = colours[0] * rows[..., None] + colours[1] * (1 - rows[..., None])
+        x, y, radius = generator.uniform(0.3, 1.0), generator.uniform(0.3, 0.7), generator.uniform(0.1, 0.3)
+        picture[(columns - x) ** 2 + (rows - y) ** 2 < radius**2] = colours[2]
+        picture += generator.normal(0, 8, picture.shape)
+        found.append(Image.fromarray(picture.clip(0, 255).astype(np.uint8)))
+    return found
 
 
 def check_packages() -> None:
-    """Raise a `ValueError` where a package is missing, before anything long has run."""
+    """Raise a `ValueError` where a package is missing or too old, before anything long has run."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"ONNX needs {', '.join(missing)}, not installed here: pip install setar-peft[onnx]")
+    major, minor = torch.__version__.split(".")[:2]
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        raise ValueError(
+            f"ONNX needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, which follows every model; this "
+            f"is {torch.__version__}. Update torch, or export with a newer one elsewhere."
+        )
 
 
 def _batches(graph: DetectorGraph) -> Iterator[dict[str, Tensor]]:
@@ -167,9 +258,15 @@ def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[Outputs]:
     """What onnxruntime makes of the batches."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feeds = ({name: value.numpy() for name, value in batch.items()} for batch in batches)
-    return [Outputs(*map(torch.from_numpy, session.run(Outputs._fields, feed))) for feed in feeds]
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return [Outputs(*map(torch.from_numpy, session.run(Outputs._fields, feed))) for feed in feeds]
+    except Exception as error:  # of a dozen classes of its own
+        raise ValueError(
+            f"onnxruntime {onnxruntime.__version__} does not run the graph, so that nothing was written: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _compared(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,9 +91,9 @@ class DetectorGraph(nn.Module):
         plain = {name: value.item() if isinstance(value, Tensor) else value for name, value in settings.items()}
         self.settings: dict[str, Any] = plain
         nearest = np.float32(threshold)
-        self.register_buffer(
-            "threshold", torch.tensor(nearest if nearest >= threshold else np.nextafter(nearest, np.float32(np.inf)))
-        )
+        # As Python's number, for numpy would compare with it in float32.
+        exact = nearest if float(nearest) >= threshold else np.nextafter(nearest, np.float32(np.inf))
+        self.register_buffer("threshold", torch.tensor(exact))
 
     def forward(self, *values: Tensor) -> Outputs:
         """Outputs of inputs in the order of the example's."""
@@ -136,9 +138,7 @@ class DetectorGraph(nn.Module):
             axes[1] = torch.export.Dim("length", min=3, max=self.backbone.longest_text)  # type: ignore[attr-defined]
         names = {axis: str(size.__name__) for axis, size in axes.items()}
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                # Of torch about itself.
-                warnings.simplefilter("ignore")
+            with torch.no_grad(), _quiet():
                 program = torch.export.export(
                     self.eval(), tuple(values), dynamic_shapes=(tuple(axes for _ in values),), strict=False
                 )
@@ -151,13 +151,38 @@ class DetectorGraph(nn.Module):
                     verbose=False,
                 )
         except Exception as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            name = type(self.model).__name__
             raise ValueError(
-                f"{type(self.model).__name__} with the score {self.score.name} cannot be exported: {reason}"
+                f"torch {torch.__version__} cannot follow {name} with the score {self.score.name}, so that nothing was "
+                f"written: {_root_of(error)}. (A score's function reads sizes off tensor.shape: to torch.export what "
+                "len() or .item() gives is a constant.)"
             ) from error
+        for part in exported.model.graph.all_nodes():
+            part.metadata_props.clear()  # stack traces, with the paths of this machine
         exported.model.metadata_props.update(metadata)
         weights = sum(value.const_value.nbytes for value in exported.model.graph.initializers.values())
         exported.save(path, external_data=weights > LARGEST_FILE)
+
+
+def _root_of(error: BaseException) -> str:
+    """What went wrong first, in a line or two."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return " ".join(str(error).split("\n\n")[0].split()).rstrip(".")[:500] or type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch has to say about itself while it exports."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _twin(model: nn.Module) -> nn.Module:

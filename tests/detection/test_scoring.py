@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from setar_peft.backbones import ImageFeatures, Logits
 from setar_peft.detection import scores
+from setar_peft.detection.fusion import LayerFusion
 from setar_peft.detection.scores import SCORES, chosen_scores, find_score, mcm, register_score, score
 from setar_peft.detection.scoring import READABLE, Reading, Score
+from tests.detection.pictures import pictures
 
 
 @pytest.fixture
@@ -260,3 +264,38 @@ def test_families_make_scores_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(scores.FAMILIES, "family", (__name__, "made"))
     assert find_score("family:this").name == "family:this"
     assert ", or 'family:...'" in message_of(find_score, "familiar:this")
+
+
+@pytest.mark.parametrize("name", [*sorted(SCORES), "layer_fusion"])
+def test_scores_can_be_exported_for_any_number_of_inputs(logits: Logits, name: str) -> None:
+    class Graph(torch.nn.Module):
+        def forward(self, pooled: Tensor, local: Tensor, layers: Tensor, negative: Tensor) -> Tensor:
+            return score(
+                LayerFusion("mcm", layers=[0, -1]) if name == "layer_fusion" else name,
+                Logits(pooled, local, 100.0, layers=layers, negative=negative),
+            )
+
+    held = (logits.pooled, logits.local, logits.layers, logits.negative)
+    rows = {0: torch.export.Dim("rows")}
+    program = torch.export.export(Graph(), held, dynamic_shapes=(rows,) * 4, strict=False)
+    for inputs in (1, 2, 6):
+        part = [value[:inputs] for value in held if value is not None]
+        torch.testing.assert_close(program.module()(*part), Graph()(*part))
+
+
+@pytest.mark.filterwarnings("ignore:.* ID inputs are few:UserWarning")
+def test_the_documentation_runs(load_clip: Any, processor: Any, class_names: list[str]) -> None:
+    """And its table names every score, with the temperature that it has by default."""
+    text = (Path(__file__).parents[2] / "docs" / "scores.md").read_text(encoding="utf-8")
+    values = {"model": load_clip(), "processor": processor, "class_names": class_names, "images": pictures(80)}
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    for block in blocks:
+        if "PytorchOOD" not in block or importlib.util.find_spec("pytorch_ood"):
+            exec(block, values)
+            assert values["detector"].score_name in ("margin", "layer_fusion:mcm", "pytorch_ood:KNN(k=5)")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    names = {name.strip("|` "): row[2] for row in rows for name in row[0].split(", ")}
+    shown = {name for name in names if "<" not in name}
+    assert shown == set(SCORES) - {"margin"}
+    assert all(("scale" in names[name]) == SCORES[name].of_cosines for name in shown)
+    assert {name.partition(":")[0] for name in names if "<" in name} == set(scores.FAMILIES)
