@@ -49,4 +49,5 @@ def linear_map(module: nn.Module) -> ClassWeights:
     with without_autocast(parameter.device):
         bias = module(parameter.new_zeros(1, width)).float()
         units = module(torch.eye(width, dtype=parameter.dtype, device=parameter.device)).float()
-    return ClassWeights((units - bias).T, bias[0])
+    # As it lies in a file that it is read from: the last digits of a product depend on it.
+    return ClassWeights((units - bias).T.contiguous(), bias[0])

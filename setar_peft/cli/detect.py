@@ -65,8 +65,7 @@ def detect(
     setar detect my-text-detector questions.txt
     ```
     """
-    found = OODDetector.from_pretrained(detector)
-    found.model.to(torch_device(device))
+    found = OODDetector.from_pretrained(detector, device=torch_device(device))
     if batch_size is not None:
         found.batch_size = batch_size
     if threshold is not None or tpr is not None:

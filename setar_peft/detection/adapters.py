@@ -94,6 +94,16 @@ def state_of(model: nn.Module) -> tuple[Any, ...]:
     return versions, adapters
 
 
+def check_unchanged(model: nn.Module, state: tuple[Any, ...]) -> None:
+    """Raise a `ValueError` unless a model computes as when `state_of` gave a state."""
+    if state_of(model) != state:
+        raise ValueError(
+            "The model has been changed since the detector was made (its weights, or which adapters are active or "
+            "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and fit "
+            "it."
+        )
+
+
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):

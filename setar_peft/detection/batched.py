@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from setar_peft.data.contents import digest_of
 from setar_peft.detection.adapters import state_of
+from setar_peft.detection.fingerprint import active_adapters, key_of
 from setar_peft.hub.digests import adapter_digest, model_digest, tensors_digest
 from setar_peft.hub.processors import preprocessing_of
 from setar_peft.versions import __version__
@@ -33,6 +33,8 @@ class _Detector(Protocol):
 # Detectors by digest. Processes that are forked from this one have them, too.
 _LIVE: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _HOME = os.getpid()
+# Of a model: what tells whether it was changed, and the digests of its weights, which take their time.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[str]]] = weakref.WeakKeyDictionary()
 
 
 class Batched:
@@ -72,7 +74,7 @@ class Batched:
             "kind": self._kind,
             "column": self._column,
             "digest": self._digest,
-            "folder": None if self._folder is None else str(self._folder),
+            "folder": None if self._folder is None else str(Path(self._folder).absolute()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,12 +85,15 @@ class Batched:
     def _found(self) -> _Detector:
         """The detector that was pickled, in the process that this is now."""
         live = _LIVE.get(self._digest)
-        if live is not None:
-            return _after_fork(live)
+        if live is not None and detector_digest(_after_fork(live)) == self._digest:
+            return live
         if self._folder is None:
             raise ValueError(
                 "The detector went into another process, which cannot find it there: it was neither saved nor loaded "
                 "from a folder. Call save_pretrained(folder) first, or leave out num_proc."
+                if live is None
+                else "The detector was given another threshold, score or model after it went into this process. Make "
+                'the function anew: detector.on("...").'
             )
         detector = self._kind.from_pretrained(self._folder)
         if detector_digest(detector) != self._digest:
@@ -128,33 +133,33 @@ def detector_digest(detector: Any) -> str:
     """
     from datasets.fingerprint import Hasher
 
-    score, processor, bank = detector.score, detector.processor, detector.classes
+    score, processor = detector.score, detector.processor
     values, tensors = score.state()
     known = processor is None or hasattr(processor, "save_pretrained")
-    settings = [
-        values,
-        preprocessing_of(processor, detector.kind) if known else Hasher.hash(processor),
-        *(detector.kind, detector.class_names, detector.score_name, detector.settings),
-        detector.threshold and detector.threshold.value,
-    ]
+    bank = detector.class_weights
     named = bank._replace(scale=torch.as_tensor(bank.scale))._asdict() | {
         f"score.{key}": tensors[key] for key in tensors
     }
-    return digest_of(
-        __version__,
-        *_weights(detector.model),
-        json.dumps(settings, sort_keys=True, default=repr),
-        Hasher.hash(_code(score)),
-        tensors_digest({name: tensor for name, tensor in named.items() if tensor is not None}),
-    ).hex()
+    return key_of(
+        version=__version__,
+        weights=_weights(detector.model),
+        tensors=tensors_digest({name: tensor for name, tensor in named.items() if tensor is not None}),
+        classes=detector.class_names,
+        preprocessing=preprocessing_of(processor, detector.kind) if known else Hasher.hash(processor),
+        score=[detector.score_name, detector.settings, values, Hasher.hash(_code(score))],
+        threshold=detector.threshold and detector.threshold.value,
+    )
 
 
 def _weights(model: nn.Module) -> list[str]:
-    _, layers = state_of(model)
-    if any(merged for *_, merged in layers):
-        return [tensors_digest(model.state_dict())]
-    active = dict.fromkeys(name for _, names, disabled, _ in layers if not disabled for name in names)
-    return [model_digest(model), *(adapter_digest(model, name) for name in active)]
+    state = state_of(model)
+    if _KNOWN.get(model, (None,))[0] != state:
+        if any(merged for *_, merged in state[1]):
+            digests = [tensors_digest(model.state_dict())]
+        else:
+            digests = [model_digest(model), *(adapter_digest(model, name) for name in active_adapters(model))]
+        _KNOWN[model] = state, digests
+    return _KNOWN[model][1]
 
 
 def _code(score: Any) -> list[Any]:

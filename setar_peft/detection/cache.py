@@ -7,7 +7,6 @@ Each file carries a digest of its tensors. What is damaged is said, and computed
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,20 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from setar_peft.detection.fingerprint import bytes_of
-from setar_peft.writing import written_whole
+from setar_peft.detection.fingerprint import key_of
+from setar_peft.hub.digests import tensors_digest
+from setar_peft.writing import whole_file
 
 # Inputs whose features go into one file.
 _ROWS = 16_384
-
-
-def key_of(**facts: Any) -> str:
-    """A digest of what something depends on, in hexadecimal.
-
-    Args:
-        facts: Plain values by name.
-    """
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 class SetCache:
@@ -90,7 +81,7 @@ class SetCache:
             errors: Number of an input that could not be read -> why.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(self._folder / "set.json") as temporary:
+        with whole_file(self._folder / "set.json") as temporary:
             temporary.write_text(json.dumps({"parts": parts, "errors": errors}, indent=1), encoding="utf-8")
 
     def features(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,7 +132,7 @@ class SetCache:
         self._folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(said)
         whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        with written_whole(self._folder / name) as temporary:
+        with whole_file(self._folder / name) as temporary:
             save_file(whole, temporary, {"said": text, "digest": _digest(whole, text)})
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -167,8 +158,4 @@ def say_damaged(error: DamagedError) -> None:
 
 
 def _digest(tensors: Mapping[str, Tensor], said: str) -> str:
-    digest = hashlib.sha256(said.encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(bytes_of(tensors[name]))
-    return digest.hexdigest()
+    return key_of(tensors=tensors_digest(tensors), said=said)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from setar_peft.backbones import ClassWeights, backbone_of
 from setar_peft.data.inputs import Inputs
-from setar_peft.detection.cache import key_of
-from setar_peft.detection.fingerprint import bytes_of
+from setar_peft.decomposition import tensor_digest
+from setar_peft.detection.fingerprint import key_of
 from setar_peft.detection.scoring import Score
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.versions import versions
@@ -56,19 +55,24 @@ def keys_of_scores(
 
 
 def _identity(score: Score) -> Any:
+    """What a score is, as plain values, with the score that it is made of; None for one that nobody knows."""
     modules = [type(score).__module__, getattr(score.function, "__module__", None)]
     values, tensors = score.state()
     is_known = all(str(module).startswith("setar_peft.") for module in modules)
     if not is_known or (score.needs_fit and not values):
         return None
-    digests = {name: _digest(tensor) for name, tensor in tensors.items()}
-    return [type(score).__qualname__, getattr(score.function, "__qualname__", None), score.name, values, digests]
+    inner = getattr(score, "score", None)
+    parts = _identity(inner) if isinstance(inner, Score) else []
+    if parts is None:
+        return None
+    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    return [type(score).__qualname__, getattr(score.function, "__qualname__", None), score.name, values, digests, parts]
 
 
 def _classes(model: nn.Module, classes: ClassPrompts | ClassWeights) -> Any:
     """What the map from features to logits is made of; prompts are tokenised, and not encoded."""
     if isinstance(classes, ClassWeights):
-        return [None if tensor is None else _digest(torch.as_tensor(tensor)) for tensor in classes]
+        return [None if tensor is None else tensor_digest(torch.as_tensor(tensor)) for tensor in classes]
     backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
     tokens: dict[str, Any] = {}
     if backbone.needs_prompts:
@@ -77,8 +81,3 @@ def _classes(model: nn.Module, classes: ClassPrompts | ClassWeights) -> Any:
             warnings.simplefilter("ignore")
             tokens = {name: tensor.tolist() for name, tensor in classes.tokens(backbone).items()}
     return [classes.class_names, classes.prompts, classes.negative_labels, tokens]
-
-
-def _digest(tensor: Tensor) -> str:
-    header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    return hashlib.sha256(header + bytes(bytes_of(tensor))).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from setar_peft.detection.figures import ModelScores, SetScores
-from setar_peft.writing import written_whole
+from setar_peft.writing import whole_file
 
 _COLUMNS = {
     "model": "string",
@@ -46,7 +46,7 @@ def write_parquet(path: str | os.PathLike[str], models: Mapping[str, ModelScores
         {name: datasets.Value(kind) for name, kind in (_COLUMNS | dict.fromkeys(scores, "float32")).items()}
     )
     with (
-        written_whole(path) as temporary,
+        whole_file(path) as temporary,
         pyarrow.parquet.ParquetWriter(temporary, features.arrow_schema) as writer,
     ):
         for model, scored in models.items():

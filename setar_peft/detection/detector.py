@@ -12,14 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights, ImageFeatures, backbone_of
-from setar_peft.data.inputs import InputBatch, Inputs
+from setar_peft.backbones import ClassWeights, backbone_of
+from setar_peft.data.inputs import Inputs
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import is_single, source_of, stream_of
-from setar_peft.detection.adapters import state_of
+from setar_peft.detection.adapters import check_unchanged, state_of
 from setar_peft.detection.batched import Batched
 from setar_peft.detection.explain import Explanation, explanation_of_batch
-from setar_peft.detection.features import Outputs, Reader, reading
+from setar_peft.detection.features import Outputs, Reader, outputs_of, reading
 from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
 from setar_peft.detection.saving import HubDetector
 from setar_peft.detection.scores import chosen_scores
@@ -56,7 +56,7 @@ class OODDetector(HubDetector):
         threshold: The threshold; None before `fit`.
         id_scores: Scores of the inputs that the threshold was found on, (n,) float32, ascending; empty where there are
             none.
-        folder: Where it was saved to or loaded from last, a folder or a name on the Hub; None where it was not.
+        folder: Where it was saved to or loaded from last; None where it was not.
 
     Raises:
         ValueError: If the model's family is not known, the classes are not the model's, or a score or setting is
@@ -288,18 +288,21 @@ class OODDetector(HubDetector):
 
     @property
     def score(self) -> Score:
-        """The score, fitted where it has to be."""
+        """The score, fitted where it had to be."""
         return self._score
 
     @property
     def class_weights(self) -> ClassWeights:
-        """The map from features to logits: the text bank, or the classifier.
+        """The map from features to logits, on the model's device: for models that classify by texts, the text bank.
 
         Raises:
-            ValueError: If the model has been changed since.
+            ValueError: If the model is another than it was made with.
         """
-        with self._reading():
-            return self._bank
+        check_unchanged(self.model, self._model_state)
+        device = next(self.model.parameters()).device
+        if self._bank.weight.device != device:
+            self._bank = self._bank.to(device)
+        return self._bank
 
     def _records(self, sources: Iterator[Inputs], top_k: int, errors: Errors) -> Iterator[Detection]:
         threshold = self._threshold_in_use().value
@@ -334,41 +337,10 @@ class OODDetector(HubDetector):
         scores = {self.score_name: (self._score, self.settings)}
         with closing(inputs.readable_batches()) as batches:
             for batch in batches:
-                yield self._outputs_of(batch, inputs, scores, top_k)
-
-    def _outputs_of(
-        self, batch: InputBatch, inputs: Inputs, scores: Mapping[str, tuple[Score, dict[str, Any]]], top_k: int
-    ) -> tuple[list[int], Outputs | None, dict[int, str]]:
-        errors, outputs = dict(batch.errors), None
-        # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
-        with self._reading() as reader:
-            batch, features = self._taken(reader, batch, inputs, errors)
-            for variant, read in features.items():
-                outputs = reader.outputs(variant, read, scores, top_k)
-        if outputs is not None:
-            finite = outputs.scores[self.score_name].isfinite().tolist()
-            broken = [number for number, is_finite in zip(batch.numbers, finite, strict=True) if not is_finite]
-            for number in broken:
-                errors[number] = (
-                    f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
-                )
-        return batch.numbers, outputs, errors
-
-    def _taken(
-        self, reader: Reader, batch: InputBatch, inputs: Inputs, errors: dict[int, str]
-    ) -> tuple[InputBatch, dict[str, ImageFeatures]]:
-        """What the model can take of a batch, and its features; why it refuses the others goes to `errors`."""
-        try:
-            return batch, reader.features(batch)
-        except ValueError:
-            for number in batch.numbers:
-                refusal = _refusal(reader, inputs, number)
-                if refusal is not None:
-                    errors[number] = f"{inputs.name(number)} is refused: {refusal}"
-            taken = [number for number in batch.numbers if number not in errors]
-            # Read anew: texts were padded to the longest.
-            batch = _batch_of(inputs, taken)
-            return batch, reader.features(batch)
+                # Opened for each batch: between them runs what the caller does, with gradients or in another thread.
+                with self._reading() as reader:
+                    found = outputs_of(reader, batch, inputs, scores, top_k)
+                yield found
 
     def _all_scores(self, inputs: Inputs, score: Score) -> NDArray[np.float32]:
         scores = []
@@ -387,33 +359,12 @@ class OODDetector(HubDetector):
             for name, read in features.items():
                 yield from reader.readings(name, read, batch.labels, local=self._score.needs_local)
 
-    @property
-    def classes(self) -> ClassWeights:
-        """The map from features to logits, on the model's device: for models that classify by texts, the text bank.
-
-        Raises:
-            ValueError: If the model is another than it was made with.
-        """
-        self._check_unchanged()
-        device = next(self.model.parameters()).device
-        if self._bank.weight.device != device:
-            self._bank = self._bank.to(device)
-        return self._bank
-
     @contextmanager
     def _reading(self, *, layers: bool | None = None) -> Iterator[Reader]:
         """The model, ready to read, with the text bank."""
         needed = self._score.needs_layers if layers is None else layers
-        with reading(self.model, self.classes, layers=needed) as reader:
+        with reading(self.model, self.class_weights, layers=needed) as reader:
             yield reader
-
-    def _check_unchanged(self) -> None:
-        if state_of(self.model) != self._model_state:
-            raise ValueError(
-                "The model has been changed since the detector was made (its weights, or which adapters are active or "
-                "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and "
-                "fit it."
-            )
 
     def _inputs(self, data: Any) -> Inputs:
         return source_of(data, self.processor, self.kind, batch_size=self.batch_size)
@@ -437,23 +388,6 @@ class OODDetector(HubDetector):
             f"OODDetector({type(self.model).__name__}, {len(self.class_names)} classes, {self.score_name}{at}, "
             f"threshold {self.threshold or 'not fitted'})"
         )
-
-
-def _batch_of(inputs: Inputs, numbers: list[int]) -> InputBatch:
-    """Some inputs of a batch, as a batch of their own."""
-    if not numbers:
-        return InputBatch([], None, inputs.labels[:0], {})
-    with closing(inputs.select(numbers).readable_batches()) as batches:
-        return next(batches)._replace(numbers=numbers)
-
-
-def _refusal(reader: Reader, inputs: Inputs, number: int) -> str | None:
-    """Why the model does not take an input; None if it does."""
-    try:
-        reader.features(_batch_of(inputs, [number]))
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _raise_first(errors: Mapping[int, str]) -> None:

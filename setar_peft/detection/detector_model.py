@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import nn
 
 from setar_peft.backbones import model_classes
@@ -19,6 +22,8 @@ from setar_peft.hub.detector_files import DETECTOR_NAME, DetectorFiles
 from setar_peft.hub.digests import adapter_digest, base_tensors, model_digest, tensors_digest
 from setar_peft.tuner.adapter_file import file_digest
 
+# What may be asked of transformers for others; it downloads code for other names.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 _WEIGHTS = ("adapter_model.*", "model.safetensors", "model-*.safetensors", "pytorch_model*.bin")
 
 
@@ -43,9 +48,9 @@ class ModelFacts(NamedTuple):
         tensors = base_tensors(model)
         return cls(
             base.config.model_type,
-            type(base).__name__,
+            _class_of(base),
             _dtype_of(tensors),
-            str(getattr(base.config, "_attn_implementation", None) or "eager"),
+            _attention_of(base),
             tensors_digest(tensors),
             None if adapter is None else adapter_digest(model, adapter),
         )
@@ -85,6 +90,13 @@ def save_detector_model(model: Any, folder: Path) -> None:
     A card that is there is brought up to date.
     """
     adapter = active_adapter(model)
+    if adapter is not None and not base_of(model).name_or_path:
+        warnings.warn(
+            "The base model does not say where it came from (its name_or_path is empty), so that the detector can only "
+            "be loaded with the base given: OODDetector.from_pretrained(folder, model=base).",
+            UserWarning,
+            stacklevel=5,
+        )
     if not isinstance(model, PeftModel):  # transformers writes the adapter alone, where there is one
         model.save_pretrained(folder)
         return
@@ -129,13 +141,16 @@ def load_detector_model(files: DetectorFiles, folder: Path, model: Any = None, d
         name = str(folder) if config is None else config.base_model_name_or_path
         if not name:
             raise ValueError(f"The adapter in {folder} names no base model; give it, model=...")
-        kwargs = {"dtype": getattr(torch, files.dtype, None), "attn_implementation": files.attention}
-        revision = {} if config is None or not config.revision else {"revision": config.revision}
-        model = load_base(name, files.model_class, f"The detector in {folder}", **kwargs, **revision)
+        settings = {"dtype": getattr(torch, files.dtype)}
+        if files.attention in _ATTENTIONS:
+            settings["attn_implementation"] = files.attention
+        if config is not None and config.revision:
+            settings["revision"] = config.revision
+        model = load_base(name, files.model_class, f"The detector in {folder}", **settings)
     adapter = active_adapter(model)
     _check_base(files, model, folder)
     if config is not None and adapter is None:
-        model = PeftModel.from_pretrained(model, str(folder))
+        model = _with_adapter(model, folder, getattr(torch, files.dtype))
         adapter = active_adapter(model)
     found = None if adapter is None else adapter_digest(model, adapter)
     if found != files.adapter_sha256:
@@ -146,6 +161,13 @@ def load_detector_model(files: DetectorFiles, folder: Path, model: Any = None, d
             "not hold. Give the base model, or leave model out."
         )
     return model if device is None else model.to(device)
+
+
+def _with_adapter(base: Any, folder: Path, dtype: torch.dtype) -> PeftModel:
+    model = PeftModel.from_pretrained(base, str(folder))
+    # PEFT makes factors float32; in a model that was made half precision as a whole they were not.
+    dtypes = {tensor.dtype for tensor in load_file(folder / SAFETENSORS_WEIGHTS_NAME).values()}
+    return model.to(dtype) if dtypes == {dtype} else model
 
 
 def check_nothing_is_lost(folder: Path, unfinished: Path) -> None:
@@ -167,7 +189,7 @@ def check_nothing_is_lost(folder: Path, unfinished: Path) -> None:
 
 def _check_base(files: DetectorFiles, model: Any, folder: Path) -> None:
     base = base_of(model)
-    if type(base).__name__ != files.model_class:
+    if getattr(base.config, "model_type", None) != files.model_type or _class_of(base) != files.model_class:
         raise ValueError(
             f"The model is a {type(base).__name__}, and the detector in {folder} was made with a {files.model_class}. "
             "Give that, or leave model out."
@@ -184,6 +206,23 @@ def _check_base(files: DetectorFiles, model: Any, folder: Path) -> None:
             "another one, so that neither text bank nor threshold are the model's. Load the base that its adapter "
             "names, or leave model out."
         )
+    if _attention_of(base) != files.attention:
+        warnings.warn(
+            f"The model computes its attention by {_attention_of(base)!r}, and the detector in {folder} was made with "
+            f"{files.attention!r}: its scores may differ in their last digits.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _class_of(base: Any) -> str:
+    """The class of a known family that a model is of."""
+    known = model_classes(base.config.model_type)
+    return next((kind.__name__ for kind in type(base).__mro__ if kind.__name__ in known), type(base).__name__)
+
+
+def _attention_of(base: Any) -> str:
+    return str(getattr(base.config, "_attn_implementation", None) or "eager")
 
 
 def _dtype_of(tensors: dict[str, torch.Tensor]) -> str:

@@ -29,6 +29,7 @@ from setar_peft.detection.result import Evaluation
 from setar_peft.detection.scores import chosen_scores
 from setar_peft.detection.scoring import Score
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
+from setar_peft.processes import Processes
 
 DEFAULT_SCORES = ("mcm", "gl_mcm")
 
@@ -94,7 +95,8 @@ def evaluate(
         temperature: Divides the logits of every score whose settings do not say it, > 0; by default the paper's, which
             is another for each score (see `setar_peft.detection.scores`).
         negative_labels: Words that name none of the classes; for scores that read them.
-        fit_data: ID inputs for scores that have to be fitted first; none that are in `id_data`.
+        fit_data: ID inputs for scores that have to be fitted first; none that are in `id_data`. Where a score reads
+            labels, an `ImageSource` or `NamedInputs` with class names.
         batch_size: Inputs a batch.
         positive: The positive class of the false-positive rate, "id" or "ood".
         threshold: How its threshold is chosen, "at_least" or "closest".
@@ -139,16 +141,18 @@ def evaluate(
         names = candidate.class_names if class_names is None else ClassNames.of(class_names)
         all_sets[name] = {ID_SET: source(id_data, names if labelled else None)}
         all_sets[name] |= {ood_set: source(data) for ood_set, data in ood_data.items()}
-        labels_mean = all_sets[name][ID_SET].classes
-        if labels_mean is not None:
-            labels_mean.check_order_of(candidate.class_names, "the model")
-        candidates[name] = candidate._replace(
-            subject=_with_fit_data(candidate.subject, fit_data, source, all_sets[name])
-        )
-    with _progress(shown=progress, total=sum(len(one) for sets in all_sets.values() for one in sets.values())) as count:
-        folder = None if cache is None else Path(cache)
-        for name, candidate in candidates.items():
-            models |= Passes(candidate.subject, all_sets[name], errors=errors, cache=folder, count=count).run()
+        candidate = candidate._replace(subject=_with_fit_data(candidate.subject, fit_data, source, all_sets[name]))
+        for inputs in (all_sets[name][ID_SET], candidate.subject.fit_inputs):
+            if inputs is not None and inputs.classes is not None:
+                inputs.classes.check_order_of(candidate.class_names, "the model")
+        candidates[name] = candidate
+    processes = [Processes(next(one.subject.model.parameters()).device) for one in candidates.values()]
+    folder = None if cache is None else Path(cache)
+    total = sum(len(inputs) for sets in all_sets.values() for inputs in sets.values())
+    with _progress(shown=progress and processes[0].is_first, total=total) as count:
+        for (name, candidate), own in zip(candidates.items(), processes, strict=True):
+            passes = Passes(candidate.subject, all_sets[name], own, errors=errors, cache=folder, count=count)
+            models |= passes.run()
     first = next(iter(candidates))
     shown = all_sets[first]
     return Evaluation.of(
@@ -204,7 +208,7 @@ def _of_detector(
         if temperature is not None:
             settings["temperature"] = temperature
         scores = {detector.score_name: (detector.score, settings)}
-    subject = Subject(detector.model, adapters, detector.classes, scores)
+    subject = Subject(detector.model, adapters, detector.class_weights, scores)
     names = ClassNames.of(detector.class_names)
     return _Candidate(subject, detector.processor, detector.kind, names, detector.prompt)
 

@@ -161,7 +161,8 @@ def explanation_of_batch(
         return explanation_of(logits, class_names, grid, picture=picture, **known)
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = named["input_ids"][0, 1:].tolist()  # the first stands for the whole text
-    tokens = [tokenizer.decode([number]).strip() or str(number) for number in ids]
+    words = getattr(tokenizer, "decode", lambda _: "")  # there may be none for tokens that were made elsewhere
+    tokens = [words([number]).strip() or str(number) for number in ids]
     return explanation_of(logits, class_names, grid, tokens=tokens, **known)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +168,72 @@ def reading(
     check_adapters(model, variants.values())
     with _LOCKS.setdefault(model, threading.RLock()), evaluation_mode(model) as (backbone, _):
         yield Reader(model, backbone, variants, classes, layers=layers)
+
+
+def outputs_of(
+    reader: Reader,
+    batch: InputBatch,
+    inputs: Inputs,
+    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    top_k: int,
+) -> tuple[list[int], Outputs | None, dict[int, str]]:
+    """What a model says of a batch whose inputs may be anything.
+
+    Args:
+        reader: The model, in one variant.
+        batch: The batch.
+        inputs: What the batch is of.
+        scores: Name -> score, and its settings in full.
+        top_k: How many of the likeliest classes are wanted.
+
+    Returns:
+        Places in `inputs` of what the model took, what it says of those, and by place why others cannot be read, are
+        refused, or have a score that is not finite.
+    """
+    errors, outputs = dict(batch.errors), None
+    batch, features = _taken(reader, batch, inputs, errors)
+    for variant, read in features.items():
+        outputs = reader.outputs(variant, read, scores, top_k)
+        finite = torch.stack([values.isfinite() for values in outputs.scores.values()]).all(0).tolist()
+        for number, is_finite in zip(batch.numbers, finite, strict=True):
+            if not is_finite:
+                errors[number] = (
+                    f"{inputs.name(number)} has a score of NaN or infinity; look for an overflow in the model."
+                )
+    return batch.numbers, outputs, errors
+
+
+def _taken(
+    reader: Reader, batch: InputBatch, inputs: Inputs, errors: dict[int, str]
+) -> tuple[InputBatch, dict[str, ImageFeatures]]:
+    """What the model takes of a batch, and its features; why it refuses the others goes to `errors`."""
+    try:
+        return batch, reader.features(batch)
+    except ValueError:
+        for number in batch.numbers:
+            refusal = _refusal(reader, inputs, number)
+            if refusal is not None:
+                errors[number] = f"{inputs.name(number)} is refused: {refusal}"
+        # Read anew: texts were padded to the longest.
+        batch = _batch_of(inputs, [number for number in batch.numbers if number not in errors])
+        return batch, reader.features(batch)
+
+
+def _batch_of(inputs: Inputs, numbers: list[int]) -> InputBatch:
+    """Some inputs of a batch, as a batch of their own."""
+    if not numbers:
+        return InputBatch([], None, inputs.labels[:0], {})
+    with closing(inputs.select(numbers).readable_batches()) as batches:
+        return next(batches)._replace(numbers=numbers)
+
+
+def _refusal(reader: Reader, inputs: Inputs, number: int) -> str | None:
+    """Why the model does not take an input; None if it does."""
+    try:
+        reader.features(_batch_of(inputs, [number]))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def image_logits(

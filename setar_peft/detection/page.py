@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -136,7 +137,9 @@ def _mistakes(
     wrong = (known.labels >= 0) & (known.predictions >= 0) & (known.labels != known.predictions)
 
     def caption(name: str, place: int, said: str) -> Mistake:
-        return Mistake(name, place, f"{scores.sets[name].ids[place]}: {said}")
+        # Of a path the last two parts: the folder may be the class.
+        short = "/".join(re.split(r"[\\/]", scores.sets[name].ids[place])[-2:])
+        return Mistake(name, place, f"{short}: {said}")
 
     def prediction(name: str, place: int) -> str:
         images = scores.sets[name]

@@ -17,7 +17,7 @@ from setar_peft.detection.cache import DamagedError, SetCache, say_damaged
 from setar_peft.detection.cache_keys import key_of_set, keys_of_scores
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.figures import ModelScores, SetScores
-from setar_peft.detection.fingerprint import active_adapters, fingerprint
+from setar_peft.detection.fingerprint import active_adapters, fingerprints
 from setar_peft.detection.scoring import Reading, Score
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.processes import Processes
@@ -105,6 +105,7 @@ class Passes:
     Args:
         subject: The model.
         sets: Name of a set -> its inputs, the ID set first.
+        processes: Those that take part.
         errors: Whether an input that cannot be read is raised or left out.
         cache: Folder of what was computed before, and is kept; of all processes.
         count: Told of every batch how many inputs it had.
@@ -114,6 +115,7 @@ class Passes:
         self,
         subject: Subject,
         sets: Mapping[str, Inputs],
+        processes: Processes,
         *,
         errors: Errors = "raise",
         cache: Path | None = None,
@@ -121,12 +123,12 @@ class Passes:
     ) -> None:
         self._subject, self._sets, self._errors, self._count = subject, sets, errors, count
         device = next(subject.model.parameters()).device
-        self._processes = Processes(device)
+        self._processes = processes
         self._caches: dict[tuple[str, str], SetCache] = {}
         self._keys: dict[str, str] = {}
         if cache is not None:
             self._keys = keys_of_scores(subject.model, subject.classes, subject.scores, subject.fit_inputs)
-            digests = {variant: fingerprint(subject.model, adapter) for variant, adapter in subject.adapters.items()}
+            digests = fingerprints(subject.model, dict(subject.adapters))
             for name, inputs in sets.items():
                 contents = inputs.digest()
                 for variant, digest in digests.items():
@@ -186,11 +188,11 @@ class Passes:
             needed = any(name not in known.values for variants in lacking for known in variants.values())
             fits = score.needs_fit and self._any(needed)
             for variant in chosen:
-                used = score
+                used, settings = score, reader.settings(variant, score, given)
                 if fits:
                     assert inputs is not None
-                    used = score.fit(self._readings(reader, variant, inputs, score.needs_local), **given)
-                chosen[variant][name] = used, reader.settings(variant, used, given)
+                    used = score.fit(self._readings(reader, variant, inputs, score.needs_local), **settings)
+                chosen[variant][name] = used, settings
         return chosen
 
     def _readings(self, reader: Reader, variant: str, inputs: Inputs, local: bool) -> Iterator[Reading]:
@@ -246,6 +248,7 @@ class Passes:
         starts = range(0, len(inputs), inputs.batch_size)[processes.index :: processes.count]
         places = [place for start in starts for place in range(start, min(start + inputs.batch_size, len(inputs)))]
         parts: dict[str, list[dict[str, Tensor]]] = {variant: [] for variant in missing}
+        left = len(inputs)
         errors: dict[int, str] = {}
         failure: Exception | None = None
         try:
@@ -259,7 +262,11 @@ class Passes:
                     parts[variant].append(_columns(numbers, outputs))
                     if self._caches:
                         self._caches[set_name, variant].add(numbers, outputs.features, processes.index)
-                self._count(len(batch.numbers) + len(batch.errors))
+                # The others are as far.
+                done = min(left, processes.count * (len(batch.numbers) + len(batch.errors)))
+                left -= done
+                self._count(done)
+            self._count(left)
         except Exception as error:
             failure = error
         # Whoever fails meets the others here, who would wait for it.

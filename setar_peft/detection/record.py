@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from setar_peft.writing import whole_file
+
 _SHOWN = 40
 
 
@@ -126,6 +128,7 @@ class Columns:
         """Write the columns, with the ids first and the errors last, to a Parquet file; whole or not at all.
 
         Raises:
+            ValueError: If its folder does not exist.
             OSError: If it cannot be written.
         """
         import datasets
@@ -133,13 +136,8 @@ class Columns:
         columns = {name: list(value) if value.ndim > 1 else value for name, value in self.values.items()}
         errors = [self.errors.get(name, "") for name in self.ids]
         table = datasets.Dataset.from_dict({"id": self.ids, **columns, "error": errors})
-        target = Path(path)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            table.to_parquet(str(part))
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(path) as temporary:
+            table.to_parquet(str(temporary))
 
 
 def nan_filled(count: int, width: int | None = None) -> NDArray[np.float32]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from setar_peft.backbones import ClassWeights
 from setar_peft.data.labels import ClassNames
+from setar_peft.detection.adapters import check_unchanged
 from setar_peft.detection.detector_model import (
     ModelFacts,
     base_of,
@@ -26,7 +27,7 @@ from setar_peft.detection.detector_model import (
     load_detector_model,
     save_detector_model,
 )
-from setar_peft.detection.scores import SCORES, chosen_scores
+from setar_peft.detection.scores import chosen_scores, find_score
 from setar_peft.detection.scoring import Score
 from setar_peft.detection.threshold import Threshold
 from setar_peft.hub.card import CARD_NAME
@@ -65,7 +66,9 @@ class HubDetector(ModelHubMixin):
     folder: Path | None
     _prompts: ClassPrompts
     _score: Score
+    _unfitted_score: Score
     _bank: ClassWeights
+    _model_state: tuple[Any, ...]
     # Why the threshold that was saved does not hold, in brackets.
     _lost_threshold: str
 
@@ -80,10 +83,6 @@ class HubDetector(ModelHubMixin):
         bank: ClassWeights | None,
     ) -> None:
         """Set up all but the classes, which are there."""
-
-    @abstractmethod
-    def _check_unchanged(self) -> None:
-        """Raise a `ValueError` if the model was changed since the detector was made."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: D102 - nobody calls it
         del args, kwargs
@@ -120,6 +119,9 @@ class HubDetector(ModelHubMixin):
                 if processor or score cannot be saved; or if the folder holds a model of its own.
         """
         folder = Path(save_directory)
+        if not push_to_hub and (repo_id is not None or push_to_hub_kwargs):
+            given = ", ".join(["repo_id"] * (repo_id is not None) + sorted(push_to_hub_kwargs))
+            raise ValueError(f"{given}: only for push_to_hub=True; leave it out, or push.")
         outdated = _OUTDATED if (folder / DETECTOR_NAME).is_file() else ()
         with written_whole(folder, outdated) as unfinished:
             if (folder / CARD_NAME).is_file():
@@ -129,7 +131,7 @@ class HubDetector(ModelHubMixin):
         self.folder = folder
         return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs) if push_to_hub else None
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override] # what the mixin takes besides would leave files of the folder out
         self,
         repo_id: str,
         *,
@@ -138,7 +140,6 @@ class HubDetector(ModelHubMixin):
         token: str | None = None,
         branch: str | None = None,
         create_pr: bool | None = None,
-        **_: Any,
     ) -> str:
         """Save the detector into a repository on the Hub, in one commit; the card there is brought up to date.
 
@@ -180,7 +181,7 @@ class HubDetector(ModelHubMixin):
             )
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override] # the mixin's takes whatever `__init__` does
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -192,7 +193,11 @@ class HubDetector(ModelHubMixin):
         class_names: Any = None,
         prompt: Any = None,
         batch_size: int = 64,
-        **hub_settings: Any,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Self:
         """Load a detector from a folder or the Hub: no prompt is encoded, and no processor guessed.
 
@@ -212,62 +217,80 @@ class HubDetector(ModelHubMixin):
             class_names: Refused unless they are the detector's own.
             prompt: Refused unless it is the detector's own.
             batch_size: Inputs a batch.
-            hub_settings: For the Hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+            revision: Branch, tag or commit on the Hub.
+            token: For the Hub; by default that of `hf auth login`.
+            cache_dir: Where what comes from the Hub is kept.
+            force_download: Whether to download what is there already.
+            local_files_only: Whether to do without the Hub.
 
         Raises:
             ValueError: If a file is missing or damaged, or something is not what the detector was saved with.
         """
-        folder = detector_folder(pretrained_model_name_or_path, **hub_settings)
+        folder = detector_folder(
+            pretrained_model_name_or_path,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
         files = DetectorFiles.read(folder)
         threshold = _threshold_of(files, folder)
+        keys = None if files.class_keys is None else tuple(files.class_keys)
+        classes = ClassNames(tuple(files.class_names), keys)
         if class_names is not None:
             _check_same("class_names", list(ClassNames.of(class_names).names), list(files.class_names), folder)
         if prompt is not None:
             _check_same("prompt", prompt if isinstance(prompt, str) else list(prompt), files.prompt, folder)
-        scoring, settings = _scoring(files, folder, score, temperature)
+        scoring, settings, is_own = _scoring(files, folder, score, temperature)
         if processor is None:
             processor = load_saved_processor(folder, files.preprocessing)
         check_preprocessing(files.preprocessing, processor, files.kind)
         detector = cls.__new__(cls)
         detector._prompts = ClassPrompts(
             processor,
-            list(files.class_names),
+            classes,
             PROMPT if files.prompt is None else files.prompt,
             negative_labels=list(files.negative_labels) or None,
         )
         model = load_detector_model(files, folder, model, device)
-        bank = files.class_weights.to(next(model.parameters()).device)
-        detector._start(model, processor, {scoring: settings}, None, batch_size, bank)
-        detector.folder = Path(pretrained_model_name_or_path)
-        if (detector.score_name, detector.settings) != (files.score, files.settings):
+        where = next(model.parameters()).device
+        fitted = scoring
+        if is_own:
+            tensors = {name: tensor.to(where) for name, tensor in files.state_tensors.items()}
+            fitted = scoring.with_state(files.state, tensors)
+            scoring = scoring.with_state(files.unfitted, {})
+        detector._start(model, processor, {fitted: settings}, None, batch_size, files.class_weights.to(where))
+        detector._unfitted_score = scoring
+        detector.folder = folder
+        if not is_own or detector.settings != files.settings:
             if threshold is not None:
                 found_with = ", ".join([files.score, *(f"{key} {value}" for key, value in files.settings.items())])
                 detector._lost_threshold = f" (the one in its folder was found with another score: {found_with})"
             return detector
-        if detector._score.needs_fit and (files.state or files.state_tensors):
-            tensors = {name: tensor.to(bank.weight.device) for name, tensor in files.state_tensors.items()}
-            detector._score = detector._score.with_state(files.state, tensors)
         detector.threshold = threshold
         if files.id_scores is not None:
             detector.id_scores = files.id_scores.numpy()
         return detector
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self._check_unchanged()
+        check_unchanged(self.model, self._model_state)
         facts = ModelFacts.of(self.model)
         save_detector_model(self.model, save_directory)
         preprocessing = preprocessing_of(self.processor, self.kind)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
-        state, tensors = ({}, {}) if self._score.needs_fit else self._score.state()
+        state, tensors = self._score.state()
         found = self.threshold
         files = DetectorFiles(
             kind=self.kind,
             class_names=self.class_names,
+            class_keys=self._prompts.classes.keys,
             prompt=self.prompt,
             negative_labels=self._prompts.negative_labels,
             score=self.score_name,
             settings=self.settings,
+            unfitted=self._unfitted_score.state()[0],
             state=state,
             preprocessing=preprocessing,
             versions=versions(),
@@ -282,18 +305,29 @@ class HubDetector(ModelHubMixin):
         write_detector_card(save_directory, files, threshold, base_of(self.model).name_or_path)
 
 
-def _scoring(files: DetectorFiles, folder: Path, score: Any, temperature: float | None) -> tuple[Score, dict[str, Any]]:
-    """The score of a detector that is loaded, and the settings that are given for it."""
-    if score is None and files.score not in SCORES:
-        raise ValueError(
-            f"The detector in {folder} has the score {files.score!r}, which is none of this package's; give what it "
-            f"was made with, score=..., or register it first (register_score). Known are {', '.join(SCORES)}."
-        )
-    chosen = chosen_scores(files.score if score is None else score, temperature)
+def _scoring(
+    files: DetectorFiles, folder: Path, score: Any, temperature: float | None
+) -> tuple[Score, dict[str, Any], bool]:
+    """The score of a detector that is loaded, unfitted, the settings given for it, and whether it is the saved one."""
+    try:
+        own = find_score(files.score)
+    except ValueError as error:
+        own = None
+        if score is None:
+            raise ValueError(
+                f"The detector in {folder} has the score {files.score!r}, which is none of this package's; give what "
+                "it was made with, score=..., or register it first (register_score)."
+            ) from error
+    wanted: Any = own if score is None else score
+    chosen = chosen_scores(wanted, temperature)
     if len(chosen) > 1:
         raise ValueError(f"score is {', '.join(map(repr, chosen))}; a detector decides by one.")
     ((name, (found, given)),) = chosen.items()
-    return found, {**files.settings, **given} if name == files.score else given
+    # One that only the user has is taken for what it is called; another may have been made otherwise.
+    is_own = name == files.score and (
+        own is None or found.state()[0] in (own.state()[0], dict(files.unfitted), dict(files.state))
+    )
+    return found, {**files.settings, **given} if is_own else given, is_own
 
 
 def _threshold_of(files: DetectorFiles, folder: Path) -> Threshold | None:

@@ -56,11 +56,14 @@ class DetectorFiles:
     Attributes:
         kind: "image" or "text": what is classified.
         class_names: Names of the classes.
+        class_keys: What labelled data call each class, None for one that they do not have; None alone where that is its
+            name.
         prompt: Text with "{class}" in it, or one text a class; None where there are no prompts.
         negative_labels: Words that name none of the classes; may be empty.
         score: Name of the score.
         settings: Every setting of the score, by name, with the temperature in use.
-        state: What a score that is fitted has found out, as plain values.
+        unfitted: How the score was made, as plain values, for a score that has to be fitted itself.
+        state: That, and what it has found out.
         preprocessing: Settings of the image processor or tokenizer.
         model_type: The base's family in transformers.
         model_class: The base's class in transformers.
@@ -77,10 +80,12 @@ class DetectorFiles:
 
     kind: str
     class_names: Sequence[str]
+    class_keys: Sequence[str | None] | None
     prompt: str | Sequence[str] | None
     negative_labels: Sequence[str]
     score: str
     settings: Mapping[str, Any]
+    unfitted: Mapping[str, Any]
     state: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
     model_type: str
@@ -104,7 +109,7 @@ class DetectorFiles:
             ValueError: If a value cannot be written or the values do not fit each other; nothing is written then.
         """
         check_plain("the score's settings", self.settings)
-        check_plain("the score's state", self.state)
+        check_plain("the score's state", {**self.unfitted, **self.state})
         check_plain("the preprocessing", self.preprocessing)
         # Copies: views of one tensor are refused by safetensors.
         tensors = {
@@ -145,7 +150,8 @@ class DetectorFiles:
             )
         _check_digests(folder, document["files"])
         try:
-            tensors = load((folder / TENSORS_NAME).read_bytes())
+            # Copies lie in memory as what torch makes does; the last digits of a product depend on it.
+            tensors = {name: tensor.clone() for name, tensor in load((folder / TENSORS_NAME).read_bytes()).items()}
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{folder / TENSORS_NAME} is no file of tensors ({error}). {_AGAIN}") from error
         files = _from(document, tensors, str(folder / TENSORS_NAME))
@@ -167,8 +173,9 @@ class DetectorFiles:
             raise ValueError(f"{where}: scale is {float(scale)}; a logit scale is positive. {_AGAIN}")
         count = len(self.negative_labels)
         _check_tensor(where, "negative", negative, (count, weight.shape[1]), may_miss=not count)
-        if not isinstance(self.prompt, (str, type(None))) and len(self.prompt) != classes:
-            raise ValueError(f"{where}: there are {len(self.prompt)} prompts for {classes} classes. {_AGAIN}")
+        for named, given in (("prompts", self.prompt), ("keys", self.class_keys)):
+            if not isinstance(given, (str, type(None))) and len(given) != classes:
+                raise ValueError(f"{where}: there are {len(given)} {named} for {classes} classes. {_AGAIN}")
         if self.id_scores is not None:
             _check_tensor(where, "id_scores", self.id_scores, (None,))
         found, known = getattr(self.threshold, "n", 0), 0 if self.id_scores is None else len(self.id_scores)
@@ -186,10 +193,12 @@ class DetectorFiles:
         return {
             "kind": self.kind,
             "class_names": list(self.class_names),
+            "class_keys": None if self.class_keys is None else list(self.class_keys),
             "prompt": prompt,
             "negative_labels": list(self.negative_labels),
             "score": self.score,
             "settings": dict(self.settings),
+            "unfitted": dict(self.unfitted),
             "state": dict(self.state),
             "threshold": threshold,
             "preprocessing": dict(self.preprocessing),

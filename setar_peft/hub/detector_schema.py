@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 FORMAT = 1
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _DEEPEST = 50  # mappings and lists in one another
 _AGAIN = "Copy or download the detector again, or save it again in Python."
 
@@ -123,6 +124,12 @@ _DOCUMENT = {
     "format": _Kind(f"the format {FORMAT}", lambda value: type(value) is int and value == FORMAT),
     "kind": _Kind("'image' or 'text'", lambda value: value in ("image", "text")),
     "class_names": _Kind("a list of two or more texts", lambda value: _are_texts(value) and len(value) > 1),
+    "class_keys": _Kind(
+        "a list of texts or null",
+        lambda value: (
+            value is None or (isinstance(value, list) and _are_texts([key for key in value if key is not None]))
+        ),
+    ),
     "prompt": _Kind(
         "a text with {class}, a list of texts or null",
         lambda value: value is None or _are_texts(value) or (isinstance(value, str) and "{class}" in value),
@@ -130,12 +137,13 @@ _DOCUMENT = {
     "negative_labels": _TEXTS,
     "score": _TEXT,
     "settings": _NAMED,
+    "unfitted": _NAMED,
     "state": _NAMED,
     "threshold": _Kind("a threshold or null", lambda value: value is None or isinstance(value, dict)),
     "preprocessing": _NAMED,
     "model_type": _TEXT,
     "model_class": _TEXT,
-    "dtype": _TEXT,
+    "dtype": _Kind(f"one of {', '.join(_DTYPES)}", lambda value: value in _DTYPES),
     "attention": _TEXT,
     "base_sha256": _DIGEST,
     "adapter_sha256": _Kind("a SHA-256 or null", lambda value: value is None or _is_digest(value)),

@@ -13,14 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from setar_peft.writing import written_whole
+from setar_peft.writing import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Longest side of a picture in pixels, and how much of a text is shown.
+# Longest side of a picture in pixels, up to where its pixels are shown as squares, and how much of a text is shown.
 _PICTURE_SIZE = 224
+_SMALL_SIZE = 64
 _TEXT_LENGTH = 600
 _FIGURE_DPI = 130
 
@@ -41,6 +42,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular
 caption { text-align: left; font-weight: 600; padding-bottom: .4rem; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { vertical-align: bottom; }
+.settings { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 figure { margin: 1rem 0; }
 figcaption { color: var(--faint); font-size: .85rem; }
@@ -151,7 +153,7 @@ def write_page(path: str | os.PathLike[str], title: str, sections: Sequence[Sect
         ValueError: If the folder does not exist.
     """
     page = page_of(title, sections)
-    with written_whole(path) as temporary:
+    with whole_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return Path(path)
 
@@ -195,7 +197,7 @@ def _html(content: Content) -> str:
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in content.settings
     )
-    return f"<table><tbody>{rows}</tbody></table>"
+    return f'<table class="settings"><tbody>{rows}</tbody></table>'
 
 
 def _table(table: Table) -> str:
@@ -235,8 +237,7 @@ def _picture(picture: Picture) -> str:
     image = picture.shown.convert("RGB")
     image.thumbnail((_PICTURE_SIZE, _PICTURE_SIZE))
     file = io.BytesIO()
-    # Few pixels are kept as they are and shown as squares.
-    is_small = max(image.size) <= _PICTURE_SIZE // 2
+    is_small = max(image.size) <= _SMALL_SIZE
     kind = "png" if is_small else "jpeg"
     image.save(file, kind, quality=85)
     small = ' class="small"' if is_small else ""

@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -24,6 +23,7 @@ from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.versions import versions
+from setar_peft.writing import whole_file
 
 
 class TraceRow(NamedTuple):
@@ -116,23 +116,18 @@ class SearchTrace:
             OSError: If it cannot be written; what stood there before still does.
         """
         target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
+            with whole_file(target) as temporary, temporary.open("w", encoding="utf-8") as file:
                 file.write(self.to_json())
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(target)
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"The trace could not be written to {target} ({error.strerror}); what it held before is still there. "
                 "Make room, and go on with resume (--resume).",
             ) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> SearchTrace:

@@ -95,6 +95,12 @@ def test_a_cache_sees_what_changes_a_verdict_and_nothing_else(make: Any, class_n
     detectors["adapter"](pictures(2))
     assert Hasher.hash(detectors["adapter"].on("image")) == digests["adapter"]
     assert Hasher.hash(make(0.25, batch_size=3).on("image")) == digests["adapter"]
+    with torch.no_grad():
+        stock = make()
+        Hasher.hash(stock.on("image"))
+        stock.model.logit_scale.add_(1)
+    changed = OODDetector(stock.model, stock.processor, class_names).at(threshold=1.0)
+    assert Hasher.hash(changed.on("image")) not in digests.values()
     detectors["stock"].processor.image_processor.image_mean = [0.0, 0.0, 0.0]
     assert Hasher.hash(detectors["stock"].on("image")) != digests["stock"]
 
@@ -135,6 +141,10 @@ def test_pickled_it_holds_no_model_and_is_found_again(make: Any, monkeypatch: py
     assert pickle.loads(pickle.dumps(found))({"image": images}) == found({"image": images})
     unused = pickle.loads(content)
     assert pickle.dumps(unused) == content
+    detector.at(threshold=2.0)
+    with pytest.raises(ValueError, match=r"another threshold, score or model after .*Make the function anew"):
+        pickle.loads(content)({"image": images})
+    detector.at(threshold=1.0)
     monkeypatch.setattr(batched, "_LIVE", {})
     with pytest.raises(ValueError, match=r"neither saved nor loaded .*save_pretrained\(folder\)"):
         pickle.loads(content)({"image": images})

@@ -16,7 +16,9 @@ from setar_peft import SeTARConfig
 from setar_peft.data.images import ImageSource
 from setar_peft.detection import cache as cache_module
 from setar_peft.detection.evaluation import evaluate
-from setar_peft.detection.fingerprint import fingerprint
+from setar_peft.detection.fingerprint import fingerprints, key_of
+from setar_peft.detection.fusion import LayerFusion
+from setar_peft.detection.scoring import Score
 from tests.demo.conftest import one_thread  # noqa: F401 - every test here uses it
 from tests.detection.pictures import written
 
@@ -188,6 +190,16 @@ def test_adapters_are_told_apart_and_the_base_is_the_stock_model(run: Any, model
     assert blocks.ran() == (True, True)
 
 
+def test_a_key_is_the_same_in_every_process() -> None:
+    """Neither addresses nor the order of sets, which Python changes from process to process, are in it."""
+    assert key_of(modules={"b", "a"}, objective=object()) == key_of(modules=["a", "b"], objective=object())
+    assert key_of(modules={"b"}) != key_of(modules={"a"})
+
+
+def fingerprint(model: Any, adapter: str | None = "") -> str:
+    return fingerprints(model, {"it": adapter})["it"]
+
+
 def test_a_fingerprint_is_that_of_what_computes(model: Any, load_clip: Any) -> None:
     stock = fingerprint(model)
     assert fingerprint(load_clip()) == stock
@@ -200,6 +212,28 @@ def test_a_fingerprint_is_that_of_what_computes(model: Any, load_clip: Any) -> N
     assert fingerprint(load_clip().half()) != stock
     merged = fingerprint(peft_model.merge_and_unload())
     assert merged not in (stock, adapted)
+
+
+def test_layers_chosen_on_id_data_are_kept_with_their_scores(
+    run: Any, model: Any, golden_clip: Any, class_names: list[str]
+) -> None:
+    pixels = golden_clip["pixel_values"]
+    fit = {"fit_data": torch.cat([pixels[17:], pixels[17:] + 0.1, pixels[17:] - 0.1])}
+    first = run(LayerFusion("mcm", bins=16), **fit)
+    assert len(first.models["model"].settings["layer_fusion:mcm"]["chosen"]) <= 5
+    blocks = Blocks(model)
+    assert same(run(LayerFusion("mcm", bins=16), **fit), first)
+    assert blocks.ran() == (False, False)
+    run(LayerFusion("mcm", bins=17), **fit)
+    assert blocks.ran() == (True, True)
+    run(LayerFusion("mcm", bins=16), fit_data=fit["fit_data"][1:])
+    assert blocks.ran() == (True, True)
+    # One that is made of a function of the user's own is computed anew.
+    own = LayerFusion(Score(lambda global_logits: global_logits.amax(-1), name="mine"), [0, -1])
+    run(own)
+    blocks.ran()
+    run(own)
+    assert blocks.ran() == (True, True)
 
 
 def damage(path: Path, how: str) -> None:

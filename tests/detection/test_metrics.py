@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import published_scores
 from benchmarks.published_scores import TABLES_1_AND_15, PublishedRow, evaluated
 from setar_peft.detection import metrics
 from setar_peft.detection.metrics import (
@@ -97,6 +98,18 @@ def test_tables_1_and_15_from_the_authors_scores(shared_data: Path, row: Publish
     assert {name: (f"{fpr:.2f}", f"{area:.2f}") for name, (fpr, area) in found.items()} == {
         name: (f"{fpr:.2f}", f"{area:.2f}") for name, (fpr, area) in row.figures.items()
     }
+
+
+@pytest.mark.shared_data
+def test_the_command_prints_the_tables(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SETAR_DATA", str(shared_data))
+    published_scores.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 * (3 * 5 + 2 * 7) + 1
+    assert lines[1].split()[-3:] == ["26.92", "26.92", lines[1].split()[-1]]
+    assert "Largest difference: 0.00" in lines[-1]
 
 
 @pytest.mark.shared_data

@@ -281,6 +281,20 @@ def test_a_graph_that_differs_from_the_model_is_not_left_behind(
     export(adapted, tmp_path / "new" / "model.onnx")
 
 
+def test_scores_are_compared_by_their_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrow(global_logits: Tensor) -> Tensor:
+        return 0.002 + 1e-5 * global_logits.softmax(-1).amax(-1)
+
+    model, run = make_model("vit"), exporting._run
+    assert export(model, tmp_path / "right.onnx", Score(narrow), threshold=0.0).score_range < 1e-5
+    # Far below 1e-4, and yet half of what tells inputs from each other.
+    monkeypatch.setattr(
+        exporting, "_run", lambda *given: [each._replace(score=each.score + 3e-6) for each in run(*given)]
+    )
+    with pytest.raises(ValueError, match=r"onnxruntime's score differs .* by up to 3\.\de-06"):
+        export(model, tmp_path / "wrong.onnx", Score(narrow), threshold=0.0)
+
+
 def test_what_cannot_be_exported_is_refused_in_a_sentence(tmp_path: Path) -> None:
     path, model = tmp_path / "model.onnx", make_model("vit")
 

@@ -10,20 +10,22 @@ import json
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants, hf_hub_download
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 import setar_peft.tuner.layer
-from setar_peft import SeTARConfig
+from setar_peft import OODDetector, SeTARConfig
 from setar_peft.tuner.layer import SeTARLayer
 
 X = {
@@ -33,7 +35,10 @@ X = {
 FIRST = {"vision_model.encoder.layers.0.mlp.fc1": 0.25, "text_model.encoder.layers.0.mlp.fc1": 0.5}
 SECOND = {"vision_model.encoder.layers.1.mlp.fc1": 0.4}
 
+PICTURES = [Image.linear_gradient("L").rotate(angle).convert("RGB") for angle in range(0, 360, 30)]
+
 outputs: dict[str, Tensor] = {}
+records: dict[str, Any] = {}
 
 
 def logits(model: Any) -> Tensor:
@@ -191,6 +196,96 @@ def offline() -> None:
         constants.HF_HUB_OFFLINE = False
 
 
+def detector(model: Any, score: str = "gl_mcm") -> OODDetector:
+    side = model.config.vision_config.image_size
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = CLIPProcessor(image_processor=images, tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]))
+    made = OODDetector(model, processor, ["cat", "dog", "cup"], score=score)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few inputs
+        return made.fit(PICTURES)
+
+
+def said(of: OODDetector) -> list[dict[str, Any]]:
+    return of(PICTURES[:3]).to_dicts()
+
+
+def push_detector() -> None:
+    first = detector(get_peft_model(base(), SeTARConfig(rank_ratios=FIRST)))
+    records["first"] = said(first)
+    address = first.push_to_hub("user/detector")
+    assert "/user/detector/commit/" in address
+    assert first.folder is None
+    files = {file.rfilename for file in HfApi().model_info("user/detector").siblings}
+    assert files == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "detector.json", "detector.safetensors"),
+        *("processor_config.json", "tokenizer.json", "tokenizer_config.json"),
+    }, files
+
+
+def load_detector() -> None:
+    loaded = OODDetector.from_pretrained("user/detector")
+    assert isinstance(loaded.model, PeftModel)
+    assert said(loaded) == records["first"]
+    assert said(OODDetector.from_pretrained("user/detector", model=base())) == records["first"]
+    assert loaded.folder is not None
+    assert (loaded.folder / "detector.json").is_file()
+    # It is an adapter, too.
+    PeftModel.from_pretrained(base(), "user/detector")
+
+
+def detector_card() -> None:
+    card = ModelCard.load("user/detector")
+    assert card.data.base_model == "user/base"
+    assert "# Out-of-distribution detector" in card.text
+    assert "# SeTAR (training-free) adapter" in card.text
+    found = {info.id for info in HfApi().list_models(filter=["ood-detection", "setar"])}
+    assert "user/detector" in found
+
+
+def push_detector_again() -> None:
+    text = Path(downloaded("user/detector", "README.md")).read_text() + "\n## Notes\n\nOn the Hub.\n"
+    HfApi().upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id="user/detector")
+    stock = detector(base(), "mcm")
+    stock.push_to_hub("user/detector", branch="stock")
+    stock_files = {file.rfilename for file in HfApi().model_info("user/detector", revision="stock").siblings}
+    assert "adapter_config.json" not in stock_files
+    assert {"config.json", "model.safetensors"} <= stock_files
+    assert said(OODDetector.from_pretrained("user/detector", revision="stock")) == said(stock)
+    assert said(OODDetector.from_pretrained("user/detector")) == records["first"]
+    with TemporaryDirectory() as folder:
+        address = stock.save_pretrained(folder, push_to_hub=True, repo_id="user/detector")
+        assert stock.folder == Path(folder)
+    assert address is not None
+    card = ModelCard.load("user/detector")
+    assert "## Notes\n\nOn the Hub." in card.text
+    assert "- Score: mcm" in card.text
+    assert said(OODDetector.from_pretrained("user/detector")) == said(stock)
+
+
+def detector_that_cannot_be_saved() -> None:
+    model = get_peft_model(base(), SeTARConfig(rank_ratios=FIRST))
+    model.merge_adapter()
+    refused(lambda: detector(model).push_to_hub("user/merged"), "unmerge_adapter() first")
+    assert "user/merged" not in {info.id for info in HfApi().list_models()}
+
+
+def damaged_detector() -> None:
+    first = detector(get_peft_model(base(), SeTARConfig(rank_ratios=FIRST)))
+    first.push_to_hub("user/damaged")
+    get_peft_model(base(), SeTARConfig(rank_ratios=SECOND)).save_pretrained(other_folder := mkdtemp())
+    other = str(Path(other_folder, "adapter_model.safetensors"))
+    HfApi().upload_file(path_or_fileobj=other, path_in_repo="adapter_model.safetensors", repo_id="user/damaged")
+    refused(
+        lambda: OODDetector.from_pretrained("user/damaged"),
+        "adapter_model.safetensors is not the file that was saved with detector.json",
+    )
+    refused(
+        lambda: OODDetector.from_pretrained("user/adapter"), "has no detector.json, so that it is no saved detector"
+    )
+    refused(lambda: OODDetector.from_pretrained("user/nothing"), "There is no detector 'user/nothing'")
+
+
 def refused(action: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         action()
@@ -211,6 +306,12 @@ STEPS = (
     other_methods_cards_are_theirs,
     damaged,
     not_there,
+    push_detector,
+    load_detector,
+    detector_card,
+    push_detector_again,
+    detector_that_cannot_be_saved,
+    damaged_detector,
 )
 
 

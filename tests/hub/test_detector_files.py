@@ -30,10 +30,12 @@ def sample(**changes: Any) -> DetectorFiles:
     values: dict[str, Any] = {
         "kind": "image",
         "class_names": NAMES,
+        "class_keys": None,
         "prompt": "a photo of a {class}",
         "negative_labels": ["stone", "river"],
         "score": "gl_mcm",
         "settings": {"temperature": float(torch.tensor(4.6052).exp()), "pooling": "patch", "local_weight": 0.1 + 0.2},
+        "unfitted": {"layers": "auto"},
         "state": {"layers": [3, 5], "bins": 1e-300},
         "preprocessing": {"do_resize": True, "size": {"shortest_edge": 28}, "image_mean": [0.1, 1 / 3, 5e-324]},
         "model_type": "clip",
@@ -82,6 +84,7 @@ def same(one: Any, other: Any) -> bool:
 
 CASES: dict[str, dict[str, Any]] = {
     "fitted": {},
+    "what the data call the classes": {"class_keys": ["n1", None, "n3", "n4"]},
     "unfitted": {"threshold": None, "id_scores": None},
     "set by hand": {"threshold": SavedThreshold(0.1 + 0.2, None, 0, None, 0.95), "id_scores": None},
     "set by hand after a fit": {"threshold": SavedThreshold(0.1 + 0.2, None, 0, None, 0.95)},
@@ -284,6 +287,7 @@ def signed() -> Iterator[Damage]:
     yield "a class more", rewritten(lambda d: d["class_names"].append("e")), r"weight has shape \(4, 6\), and \(5, d\)"
     yield "a class less", rewritten(lambda d: d["class_names"].pop()), r"weight has shape \(4, 6\), and \(3, d\)"
     yield "a prompt less", rewritten(lambda d: d.__setitem__("prompt", ["a", "b"])), "there are 2 prompts for 4 classes"
+    yield "a key less", rewritten(lambda d: d.__setitem__("class_keys", ["a", None])), "2 keys for 4 classes"
     yield "no class in it", rewritten(lambda d: d.__setitem__("prompt", "a photo")), "prompt is 'a photo', and a text"
     yield (
         "a negative less",

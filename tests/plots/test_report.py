@@ -36,7 +36,7 @@ def sections() -> list[Section]:
         Section("Tables", ["A paragraph.", Table("All", ["set", "FPR95"], [["noise", "1.00 [0.5, 1.5]"], ["b", "-"]])]),
         Section(HOSTILE, [Drawing(figure(), "ROC curve of <mcm>", "Below it")]),
         Section("Mistakes", [Pictures("Taken for ID", pictures), Pictures("Rejected", [])]),
-        Section("Settings", [Settings([("prompt", HOSTILE)])]),
+        Section("Settings", [Settings([("prompt", HOSTILE), ("long", "x" * 300)])]),
     ]
 
 
@@ -126,6 +126,9 @@ def test_a_real_browser_shows_it(tmp_path: Path) -> None:
         light = page.evaluate("getComputedStyle(document.body).backgroundColor")
         page.open(path, dark=True)
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+        # On a telephone the page itself does not go beyond the window.
+        page.width(420)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 420
         page.print(tmp_path / "report.pdf")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
