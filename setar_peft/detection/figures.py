@@ -321,6 +321,11 @@ def _check_fit(models: Mapping[str, ModelScores]) -> None:
                 f"{shape} and {list(first.settings)}; give scores of the same images, so that they can be paired."
             )
         for ood_set, images in scores.sets.items():
+            if not np.array_equal(images.numbers, first.sets[ood_set].numbers):
+                raise ValueError(
+                    f"Models {name!r} and {other!r} have scores of different images of the set {ood_set!r}; give scores "
+                    "of the same images, so that they can be paired."
+                )
             for score in scores.settings:
                 if score not in images.scores:
                     raise ValueError(

@@ -69,8 +69,8 @@ class OnnxCheck:
         beside = f" Its weights are in {self.files[1].name} beside it." if len(self.files) > 1 else ""
         return (
             f"Wrote {self.files[0]}: on {self.inputs} inputs its scores, over a range of {self.score_range:.1e}, are "
-            f"within {self.score_difference:.1e} of the model's, its logits within {self.logit_difference:.1e}, and its "
-            f"decisions the same{but}.{beside}"
+            f"within {self.score_difference:.1e} of the model's, its logits within {self.logit_difference:.1e}, and "
+            f"its decisions the same{but}.{beside}"
         )
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,10 @@ def broken_scores() -> ModelScores:
         (
             {"a": model_scores(), "b": model_scores(settings={"mcm": {}})},
             ["the scores ['mcm'], model 'a'", "['mcm', 'gl_mcm']"],
+        ),
+        (
+            {"a": model_scores(), "b": model_scores(id_set=replace(set_scores("ID", 80, 1), numbers=np.arange(1, 81)))},
+            ["Models 'a' and 'b' have scores of different images of the set 'ID'"],
         ),
         ({"a": model_scores(settings=SETTINGS | {"energy": {}})}, ["Model 'a' has no 'energy' of the set 'ID'"]),
         (
