@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,7 +78,7 @@ def detect(
         typer.echo(decided.summary(), err=True)
     else:
         decided = Detections(list(records))
-        typer.echo(decided.table())
+        typer.echo(_printable(decided.table()))
     if fail_on_ood and any(record.is_id is False for record in decided):
         raise typer.Exit(OOD_FOUND)
     if any(record.error is not None for record in decided):
@@ -112,8 +113,15 @@ def _shown(records: Iterator[Detection], total: int) -> Iterator[Detection]:
     return iter(track(records, "detecting", total, console=console, transient=True, disable=not console.is_terminal))
 
 
+def _printable(text: str) -> str:
+    """Text as standard output takes it: a file's name may hold bytes that are no characters, and become escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def _printed(records: Iterable[Detection]) -> Iterator[Detection]:
     """The records as lines of JSON, each as soon as it is there, and without what the summary does not need."""
     for record in records:
-        typer.echo(json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False))
+        line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False)
+        typer.echo(line if _printable(line) == line else json.dumps(record.to_dict(), allow_nan=False))
         yield record

@@ -90,8 +90,11 @@ def source_of(
             return NamedInputs(processor, texts, own if labels is None else labels, **named)
         data = [data] if isinstance(data, str) else data
         if isinstance(data, (list, tuple)):
+            # "/" among others is what somebody wrote; where all are paths, files were meant to be read.
+            all_are = all(map(_is_file, data))
             for text in data:
-                _check_is_no_file(text)
+                if all_are or str(text).endswith(TEXT_SUFFIXES):
+                    _check_is_no_file(text)
         return NamedInputs(processor, data, labels, text_column=input_column, label_column=label_column, **named)
     # Of what is no folder it is then said that it is none.
     is_to_have_classes = isinstance(data, (str, Path)) and class_names is not None and labels is None
@@ -173,17 +176,20 @@ def _check(data: Any, kind: Kind) -> None:
             )
 
 
+def _is_file(text: Any) -> bool:
+    if not isinstance(text, str) or len(text) >= 1024 or not (text.endswith(TEXT_SUFFIXES) or "/" in text):
+        return False
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _check_is_no_file(text: Any) -> None:
-    if isinstance(text, str) and len(text) < 1024 and (text.endswith(TEXT_SUFFIXES) or "/" in text):
-        try:
-            found = Path(text).exists()
-        except (OSError, ValueError):
-            return
-        if found:
-            raise ValueError(
-                f"The text {text!r} is the path of a file or folder; give pathlib.Path({text!r}) for the texts in "
-                "a file."
-            )
+    if _is_file(text):
+        raise ValueError(
+            f"The text {text!r} is the path of a file or folder; give pathlib.Path({text!r}) for the texts in a file."
+        )
 
 
 def _as_it_is(

@@ -48,24 +48,32 @@ class Batched:
     Args:
         detector: The detector.
         column: Name of the column with the inputs.
+        prefix: Before the names of the columns that are given.
     """
 
-    def __init__(self, detector: _Detector, column: str) -> None:
+    def __init__(self, detector: _Detector, column: str, prefix: str = "") -> None:
         self._detector: _Detector | None = detector
-        self._kind, self._column = type(detector), column
+        self._kind, self._column, self._prefix = type(detector), column, prefix
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns "label", "probability", "score", "is_id", "threshold" and "error" of a batch.
 
         Raises:
-            ValueError: If the batch has no such column, or the detector is not to be found in this process.
+            ValueError: If the batch has no such column, or has one of those that are given already; or if the detector
+                is not to be found in this process.
         """
         if self._column not in batch:
             raise ValueError(f"The batch has the columns {', '.join(batch)}, and no {self._column!r}.")
+        taken = [self._prefix + name for name in COLUMNS if self._prefix + name in batch]
+        if taken:
+            raise ValueError(
+                f"The batch has a column {taken[0]!r} of its own, which the detector's would replace; give theirs "
+                f"another name, detector.on({self._column!r}, prefix='detected_'), or take yours away."
+            )
         if self._detector is None:
             self._detector = self._found()
         records = self._detector(list(batch[self._column]))
-        return {name: [getattr(record, name) for record in records] for name in COLUMNS}
+        return {self._prefix + name: [getattr(record, name) for record in records] for name in COLUMNS}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._detector is not None:
@@ -74,13 +82,14 @@ class Batched:
         return {
             "kind": self._kind,
             "column": self._column,
+            "prefix": self._prefix,
             "digest": self._digest,
             "folder": None if self._folder is None else str(Path(self._folder).absolute()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._detector = None
-        self._kind, self._column = state["kind"], state["column"]
+        self._kind, self._column, self._prefix = state["kind"], state["column"], state["prefix"]
         self._digest, self._folder = state["digest"], state["folder"]
 
     def _found(self) -> _Detector:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights, backbone_of
-from setar_peft.data.inputs import Inputs
+from setar_peft.data.inputs import Inputs, checked_batch_size
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.sources import is_single, source_of, stream_of
 from setar_peft.detection.batched import Batched
@@ -23,7 +23,7 @@ from setar_peft.detection.model_state import ModelState
 from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
 from setar_peft.detection.saving import HubDetector
 from setar_peft.detection.scores import chosen_scores
-from setar_peft.detection.scoring import Reading, Score
+from setar_peft.detection.scoring import Reading, Score, check_temperature
 from setar_peft.detection.threshold import Threshold
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 
@@ -102,11 +102,12 @@ class OODDetector(HubDetector):
             raise ValueError(f"score is {', '.join(map(repr, chosen))}; a detector decides by one.")
         ((self.score_name, (self._score, given)),) = chosen.items()
         self._unfitted_score = self._score
-        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.model, self.processor, self.batch_size = model, processor, checked_batch_size(batch_size)
         with reading(model, self._prompts if bank is None else bank, layers=self._score.needs_layers) as reader:
             backbone = reader.backbone
             ((variant, self._bank),) = reader.classes.items()
             self.settings = reader.settings(variant, self._score, given)
+        check_temperature(self.settings)
         if "negative_logits" in self._score.reads and self._bank.negative is None:
             raise ValueError(
                 f"The score {self.score_name} compares with labels that are none of the classes; give negative_labels."
@@ -167,7 +168,8 @@ class OODDetector(HubDetector):
         if threshold is not None:
             self.threshold = Threshold(threshold)
         elif len(self.id_scores):
-            self.threshold = Threshold.of(self.id_scores, float(tpr or 0))
+            assert tpr is not None
+            self.threshold = Threshold.of(self.id_scores, tpr)
         else:
             raise ValueError("The detector has not been fitted, so that there are no ID scores; call fit(id_data).")
         return self
@@ -272,11 +274,12 @@ class OODDetector(HubDetector):
                 reader, batch, self.processor, self.class_names, temperature=temperature, score=score
             )
 
-    def on(self, column: str) -> Batched:
+    def on(self, column: str, prefix: str = "") -> Batched:
         """The detector as a function of a batch of columns: `dataset.map(detector.on("image"), batched=True)`.
 
         Args:
             column: Name of the column with the inputs.
+            prefix: Before the names of the columns that are given: data have a "label" of their own.
 
         Returns:
             Takes a mapping from column names to lists, and gives the columns "label", "probability", "score", "is_id",
@@ -286,7 +289,7 @@ class OODDetector(HubDetector):
             ValueError: If the detector has no threshold.
         """
         self._threshold_in_use()
-        return Batched(self, column)
+        return Batched(self, column, prefix)
 
     @property
     def score(self) -> Score:

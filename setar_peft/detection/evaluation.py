@@ -6,6 +6,7 @@ Works on stock models, PEFT models with one or several adapters, and detectors a
 from __future__ import annotations
 
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,6 +121,8 @@ def evaluate(
         raise ValueError("model is an empty mapping; give at least one model by name.")
     if adapters is not None and (len(named) > 1 or any(isinstance(one, OODDetector) for one in named.values())):
         raise ValueError("adapters are variants of one PEFT model; give that model alone, or models by name alone.")
+    _check_bases(named)
+    folder = None if cache is None else _made(Path(cache))
     given = class_names if class_names is not None or not isinstance(id_data, Inputs) else id_data.classes
     models: dict[str, ModelScores] = {}
     candidates: dict[str, _Candidate] = {}
@@ -147,7 +150,6 @@ def evaluate(
                 inputs.classes.check_order_of(candidate.class_names, "the model")
         candidates[name] = candidate
     processes = [Processes(next(one.subject.model.parameters()).device) for one in candidates.values()]
-    folder = None if cache is None else Path(cache)
     total = sum(len(inputs) for sets in all_sets.values() for inputs in sets.values())
     with _progress(shown=progress and processes[0].is_first, total=total) as count:
         for (name, candidate), own in zip(candidates.items(), processes, strict=True):
@@ -174,6 +176,30 @@ def _check(ood_data: Any, errors: str) -> None:
     check_set_names(ood_data)
     if errors not in ("raise", "leave_out"):
         raise ValueError(f"errors is {errors!r}; write 'raise' or 'leave_out'.")
+
+
+def _check_bases(named: Mapping[str, Any]) -> None:
+    """Refuse a base beside the PEFT model that was made of it: the adapter sits in the base, which has it, too."""
+    for name, model in named.items():
+        if not hasattr(model, "get_base_model"):
+            continue
+        base = model.get_base_model()
+        twins = [other for other, one in named.items() if one is base]
+        if twins:
+            raise ValueError(
+                f"{twins[0]!r} is the model that {name!r} was made of, and computes with its adapter, too; give "
+                f"{name!r} alone, with adapters={{{twins[0]!r}: None, {name!r}: {model.active_adapters[0]!r}}}."
+            )
+
+
+def _made(folder: Path) -> Path:
+    """The folder of the cache, tried before anything is computed for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(f"cache is {folder}, where nothing can be written ({error}); give another folder.") from error
 
 
 def _of_model(

@@ -131,7 +131,7 @@ class HubDetector(ModelHubMixin):
                 shutil.copy(folder / CARD_NAME, unfinished)
             super().save_pretrained(unfinished)
             check_nothing_is_lost(folder, unfinished)
-        self.folder = folder
+        self.folder = folder.absolute()
         return self.push_to_hub(repo_id or folder.name, **push_to_hub_kwargs) if push_to_hub else None
 
     def push_to_hub(  # type: ignore[override] # what the mixin takes besides would leave files of the folder out
@@ -268,7 +268,7 @@ class HubDetector(ModelHubMixin):
         chosen = {unfitted if fitted is None else fitted: settings}
         detector._start(model, processor, chosen, None, files.batch_size if batch_size is None else batch_size, bank)
         detector._unfitted_score = unfitted
-        detector.folder = folder
+        detector.folder = folder.absolute()
         if fitted is not None:
             detector.threshold = threshold
             if files.id_scores is not None:

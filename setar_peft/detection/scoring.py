@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -198,3 +200,10 @@ def _parameters(function: Callable[..., Tensor], name: str) -> Mapping[str, insp
             "function that names what it reads and its settings."
         )
     return parameters
+
+
+def check_temperature(settings: Mapping[str, Any]) -> None:
+    """Refuse a temperature that makes no score, before anything is computed with it."""
+    temperature: Any = settings.get("temperature", 1.0)
+    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 < float(temperature) < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; give a finite number above 0.")

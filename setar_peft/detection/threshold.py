@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,11 @@ class Threshold:
     confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+        value: Any = self.value
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"The threshold is {self.value!r}; give a finite number in the units of the score.")
+        # Figures come as numpy's numbers, too, which no JSON takes.
+        object.__setattr__(self, "value", float(value))
 
     @classmethod
     def of(cls, id_scores: Any, tpr: float = 0.95) -> Threshold:
@@ -57,6 +61,7 @@ class Threshold:
         """
         scores = np.asarray(id_scores, dtype=np.float32)
         check_level(tpr)
+        tpr = float(tpr)
         if scores.ndim != 1 or not len(scores):
             raise ValueError(f"The ID scores have shape {scores.shape}; give at least one score, (n,).")
         broken = int(np.count_nonzero(~np.isfinite(scores)))
@@ -95,7 +100,7 @@ def kept(n: int, tpr: float) -> int:
     return max(1, min(n, math.ceil(round(tpr * n, 9))))
 
 
-def check_level(tpr: float) -> None:
+def check_level(tpr: Any) -> None:
     """Raise a `ValueError` unless a level is in (0, 1]."""
-    if isinstance(tpr, bool) or not isinstance(tpr, (int, float)) or not 0 < tpr <= 1:
+    if isinstance(tpr, bool) or not isinstance(tpr, Real) or not 0 < float(tpr) <= 1:
         raise ValueError(f"tpr is {tpr!r}; give the share of ID inputs to be kept, 0 < tpr <= 1, such as 0.95.")

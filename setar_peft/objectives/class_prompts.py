@@ -159,6 +159,12 @@ def _prompts(prompt: str | Sequence[str], names: Sequence[str]) -> list[str]:
         return [prompt.replace("{class}", name) for name in names]
     if len(prompt) != len(names):
         raise ValueError(f"prompt has {len(prompt)} texts for {len(names)} classes; give one text a class.")
+    literal = [text for text in prompt if "{class}" in str(text)]
+    if literal:
+        raise ValueError(
+            f"prompt has the text {literal[0]!r}, and one text a class names the class itself, without {{class}}; give "
+            "one template for all classes, or the texts in full."
+        )
     return list(prompt)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from setar_peft import OODDetector
 from tests.cli.conftest import CASES
@@ -76,6 +77,7 @@ def test_exit_codes(
     if broken:
         paths[1].write_bytes(b"")
     run = ["detect", saved_detector, *paths, "--device", "cpu", "--threshold", threshold]
+    options: list[str]
     for options in ([], ["--json"]):
         assert setar(*run, *options).exit_code == plain
         assert setar(*run, *options, "--fail-on-ood").exit_code == failing
@@ -165,3 +167,23 @@ def test_lines_come_while_it_runs_and_a_closed_pipe_is_no_error(saved_detector: 
         run.wait(60)
     assert "Error" not in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_an_output_cannot_show_are_escaped(saved_detector: Path, tmp_path: Path, encoding: str) -> None:
+    """A file's name on Linux is bytes, and a terminal may know fewer characters."""
+    folder = tmp_path / "büro"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (8, 8)).save(folder / "plain.png")
+    (folder / "plain.png").rename(folder / name)
+    command = [sys.executable, "-W", "ignore", "-m", "setar_peft", "detect", str(saved_detector), str(folder)]
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    options: list[str]
+    for options in ([], ["--json"]):
+        done = subprocess.run([*command, *options], capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        if options:
+            assert json.loads(done.stdout)["id"] == str(folder / name)
+        else:
+            assert b"caf\\udce9.png" in done.stdout

@@ -413,3 +413,11 @@ def test_a_stream_that_breaks_gives_what_came_before_it(processor: Any) -> None:
 def test_streams_that_do_not_fit_get_a_sentence(processor: Any, stream: Any, column: str | None, piece: str) -> None:
     with pytest.raises(ValueError, match=piece):
         list(stream_of(stream, processor, "image", input_column=column))
+
+
+def test_a_text_that_looks_like_a_path_is_one_among_others(tmp_path: Path) -> None:
+    """What somebody else wrote decides nothing of a batch."""
+    texts = ["the cat", str(tmp_path), "/"]
+    assert source_of(texts, checks.WordTokenizer(), "text").shown(1) == str(tmp_path)
+    with pytest.raises(ValueError, match="is the path of a file or folder"):
+        source_of(texts[1:], checks.WordTokenizer(), "text")

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from setar_peft import SeTARConfig
 from setar_peft.backbones import backbone_of
@@ -256,6 +259,87 @@ def test_a_model_that_was_changed_is_refused(
     if change == "adapter":
         model.set_adapter("default")
         assert detector(pictures(1)[0]) == before
+
+
+def _assigned(model: Any) -> None:
+    model.load_state_dict(
+        {name: 1.5 * value if value.is_floating_point() else value for name, value in model.state_dict().items()},
+        assign=True,
+    )
+
+
+def _data_replaced(model: Any) -> None:
+    model.visual_projection.weight.data = model.visual_projection.weight.data.flip(0)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model.half(), lambda model: model.to(torch.bfloat16), _assigned, _data_replaced]
+)
+def test_changes_that_torch_does_not_count_are_seen(
+    load_clip: Any, processor: Any, class_names: Any, change: Any
+) -> None:
+    model = load_clip()
+    detector = OODDetector(model, processor, class_names).at(threshold=0.0)
+    change(model)
+    with pytest.raises(ValueError, match="its weights, their dtype, or which adapters"):
+        detector(pictures(1)[0])
+
+
+def test_what_is_written_through_data_is_seen_when_a_threshold_is_found_or_saved(detector: Any, tmp_path: Path) -> None:
+    """As averages of weights are swapped in; torch counts nothing there."""
+    detector.at(threshold=0.0).model.visual_projection.weight.data.mul_(-1)
+    for ask in (lambda: detector.fit(pictures(2)), lambda: detector.save_pretrained(tmp_path / "saved")):
+        with pytest.raises(ValueError, match="has been changed since the detector was made"):
+            ask()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_how_strongly_an_adapter_counts_is_seen(load_clip: Any, processor: Any, class_names: list[str]) -> None:
+    model = get_peft_model(load_clip(), LoraConfig(target_modules=[UP], init_lora_weights=False))
+    detector = OODDetector(model, processor, class_names).at(threshold=0.0)
+    model.get_submodule(f"base_model.model.{UP}").set_scale("default", 3.0)
+    with pytest.raises(ValueError, match="how strongly"):
+        detector(pictures(1)[0])
+
+
+def test_what_leaves_the_values_as_they_are_is_no_change(
+    load_clip: Any, processor: Any, class_names: list[str]
+) -> None:
+    """Copies and pickles lie elsewhere; merging and its undoing writes, to the bit."""
+    model = get_peft_model(load_clip(), SeTARConfig(target_modules=[UP], rank_ratios={UP: 0.5}))
+    detector = OODDetector(model, processor, class_names).at(threshold=0.0)
+    before = detector(pictures(2))
+    assert copy.deepcopy(detector)(pictures(2)) == before
+    assert pickle.loads(pickle.dumps(detector))(pictures(2)) == before
+    model.merge_adapter()
+    model.unmerge_adapter()
+    weight = model.get_parameter("base_model.model.visual_projection.weight")
+    weight.data = weight.data.clone()
+    assert detector(pictures(2)) == before
+    model.get_parameter("base_model.model.visual_projection.weight").data.mul_(2)
+    with pytest.raises(ValueError, match="has been changed"):
+        detector.fit(pictures(2))
+
+
+def test_settings_that_make_no_score_are_refused_at_once(
+    load_clip: Any, processor: Any, class_names: list[str]
+) -> None:
+    for temperature in (0, -1.0, math.nan, math.inf, "1", True):
+        with pytest.raises(ValueError, match=r"temperature is .*; give a finite number above 0"):
+            OODDetector(load_clip(), processor, class_names, temperature=temperature)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        OODDetector(load_clip(), processor, class_names, batch_size=0)
+
+
+def test_columns_of_ones_own_are_not_replaced(detector: Any) -> None:
+    """Else what was thought to be the truth would be the prediction, and all of it right."""
+    data = datasets.Dataset.from_dict({"image": [np.asarray(picture) for picture in pictures(2)], "label": ["a", "b"]})
+    detector.at(threshold=0.0)
+    with pytest.raises(ValueError, match=r"has a column 'label' of its own.*prefix='detected_'"):
+        data.map(detector.on("image"), batched=True)
+    found = data.map(detector.on("image", prefix="detected_"), batched=True)
+    assert found["label"] == ["a", "b"]
+    assert found["detected_label"] == [record.label for record in detector(list(data["image"]))]
 
 
 def test_a_detector_of_a_peft_model_decides_by_its_adapter(

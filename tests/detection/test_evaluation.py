@@ -392,6 +392,25 @@ def test_several_models_take_no_adapters(model: Any, evaluated: Any, detector: A
             evaluated(one=several, adapters={"base": None})
 
 
+def test_a_base_beside_the_model_that_was_made_of_it_is_refused(evaluated: Any, model: Any) -> None:
+    """Its layers have the adapter, too, so that there would be no difference."""
+    tuned = get_peft_model(model, SeTARConfig(target_modules=[UP], rank_ratios={UP: 0.5}))
+    with pytest.raises(
+        ValueError, match=r"'before' is the model that 'after' was made of.*'before': None, 'after': 'def"
+    ):
+        evaluated(["mcm"], {"before": model, "after": tuned})
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_anything_is_computed(
+    evaluated: Any, model: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    model.forward = model.vision_model.forward = None
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"cache is .*file.*, where nothing can be written"):
+            evaluated(["mcm"], cache=cache)
+
+
 def test_progress_is_shown_on_standard_error(evaluated: Any, capsys: pytest.CaptureFixture[str]) -> None:
     evaluated(progress=True)
     said = capsys.readouterr()

@@ -104,3 +104,13 @@ def test_it_says_what_it_is() -> None:
     assert "50" in text
     assert "95.0% of 1000 held-out ID inputs" in text
     assert str(Threshold(0.25)) == "0.25, set by hand"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """A threshold out of an array of scores, and one that goes into a file."""
+    threshold = Threshold(np.float32(0.5))
+    assert (threshold.value, type(threshold.value)) == (0.5, float)
+    assert type(Threshold.of(np.arange(20.0), np.float32(0.5)).tpr) is float
+    for value in (True, "0.5", np.float32(np.nan)):
+        with pytest.raises(ValueError, match="give a finite number in the units of the score"):
+            Threshold(value)  # type: ignore[arg-type]

@@ -88,3 +88,9 @@ def test_negative_labels_need_a_template_and_a_model_that_reads_texts(tokenizer:
         ClassPrompts(None, ["a"] * swin.config.num_labels, negative_labels=["stone"]).class_weights(backbone_of(swin))
     with pytest.raises(ValueError, match=f"has {swin.config.num_labels} classes, class_names 2"):
         ClassPrompts(None, ["a", "b"]).class_weights(backbone_of(swin))
+
+
+def test_templates_are_no_texts_of_classes() -> None:
+    """Two templates for two classes would be taken for the two prompts."""
+    with pytest.raises(ValueError, match=r"prompt has the text 'a \{class\}'.*names the class itself"):
+        ClassPrompts(None, ["cat", "dog"], ["a {class}", "the {class}"])
