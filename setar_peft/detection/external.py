@@ -76,7 +76,6 @@ class PytorchOOD(Score):
             )
         made_with = ", ".join(f"{option}={value!r}" for option, value in self.options.items())
         super().__init__(self._negated, name=f"pytorch_ood:{self.detector}" + (f"({made_with})" if made_with else ""))
-        self._parameters = inspect.signature(getattr(_detectors(), self.detector)).parameters
         self._check_options()
         self._state: dict[str, Tensor] = {}
         self._fitted: Any = None
@@ -148,6 +147,15 @@ class PytorchOOD(Score):
             )
         return self._fit(tensors) if tensors else PytorchOOD(self.detector, **self.options)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, as for another process, it is its state, too: pytorch-ood's own classes need its whole package."""
+        return _restored, (self.detector, self.options, *self.state())
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        """What the detector is made with."""
+        return inspect.signature(getattr(_detectors(), self.detector)).parameters
+
     @property
     def _reads_classifier(self) -> bool:
         return not {"head", "w", "b"}.isdisjoint(self._parameters)
@@ -206,7 +214,7 @@ class PytorchOOD(Score):
         return fitted
 
     def _arguments(self, state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the detector is made with."""
+        """Values for those."""
         known: dict[str, Any] = {"encoder": None, "backbone": None}
         if "weight" in state:
             weight, bias = state["weight"], state["bias"]
@@ -242,6 +250,10 @@ class PytorchOOD(Score):
                 f"The option {strange[0]} of pytorch-ood's {self.detector} is {self.options[strange[0]]!r}; give a "
                 "number, a text, True or False, which can be saved."
             )
+
+
+def _restored(detector: str, options: Any, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PytorchOOD:
+    return PytorchOOD(detector, **options).with_state(values, tensors)
 
 
 def _parsed(detector: Any) -> tuple[str, dict[str, Any]]:

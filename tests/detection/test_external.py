@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,7 +186,18 @@ print(loaded(Logits(new, None, 1.0), ImageFeatures(new, new)).tolist())
 
 
 @needs_pytorch_ood
-def test_before_it_is_fitted(tmp_path: Path) -> None:
+def test_another_process_gets_its_state() -> None:
+    """None of pytorch-ood's own objects, whose classes cannot be found there without torchvision."""
+    detector, new = fitted("ViM"), clusters(20, seed=1)[0]
+    data = pickle.dumps(detector)
+    assert b"pytorch_ood.detector" not in data
+    assert torch.equal(scored(pickle.loads(data), new), scored(detector, new))
+    assert torch.equal(scored(copy.deepcopy(detector), new), scored(detector, new))
+    assert pickle.loads(pickle.dumps(PytorchOOD("KNN", k=5))).needs_fit
+
+
+@needs_pytorch_ood
+def test_before_it_is_fitted() -> None:
     unfitted = PytorchOOD("KNN", k=5)
     assert unfitted.needs_fit
     assert "has not been fitted yet; call fit with in-distribution inputs" in message_of(

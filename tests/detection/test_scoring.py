@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,14 @@ def test_a_name_means_one_score() -> None:
     assert "There is a score 'margin' already" in message_of(
         register_score, Score(lambda features: features, name="margin")
     )
+
+
+def test_a_copy_is_the_same_score(logits: Logits) -> None:
+    """As another process gets it."""
+    for made in (SCORES["gl_mcm"], SCORES["neglabel"], LayerFusion("mcm", layers=[0, -1]), Score(margin)):
+        for copied in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            assert find_score(copied) is copied
+            assert torch.equal(score(copied, logits), score(made, logits))
 
 
 @pytest.mark.parametrize("wrong", [None, 3, ["mcm"], torch.zeros(2)])
