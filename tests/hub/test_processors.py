@@ -43,7 +43,7 @@ def test_other_settings_are_named(tokenizer: Any) -> None:
         check_preprocessing(saved, other, "image")
     saved = preprocessing_of(tokenizer, "text")
     tokenizer.add_tokens(["unheard"])
-    with pytest.raises(ValueError, match="does not make of texts what .*vocabulary_sha256 is"):
+    with pytest.raises(ValueError, match=r"does not make of texts what .*vocabulary_sha256 is"):
         check_preprocessing(saved, tokenizer, "text")
 
 
