@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import json
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from benchmarks.machine import has_peak_memory, peak_memory
 from setar_peft import SeTARConfig, SeTARLayer
 from setar_peft.decomposition import residual_rank
 
@@ -224,22 +224,13 @@ def loading_memory(saved: Path, blocks: int, *, low_cpu_mem_usage: bool) -> floa
     base = base_model(blocks, torch.device("cpu"))
     for _ in range(2):  # the first time imports modules
         fresh = copy.deepcopy(base)
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-        before = _memory("VmRSS")
-        PeftModel.from_pretrained(fresh, saved, low_cpu_mem_usage=low_cpu_mem_usage)
-        peak = _memory("VmHWM") - before
+        peak = peak_memory(partial(PeftModel.from_pretrained, fresh, saved, low_cpu_mem_usage=low_cpu_mem_usage))
     return peak
-
-
-def _memory(name: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
 def measure_memory(blocks: int, ratio: float) -> dict[str, dict[str, float]]:
     """Way of loading -> method -> `loading_memory`, in a process of their own; empty where there is no /proc."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not has_peak_memory():
         return {}
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # freed tensors go back to the system
     results: dict[str, dict[str, float]] = {}

@@ -1,73 +1,137 @@
-"""The README's Python, run as it stands but for the names of models and folders."""
+"""The Python of the README and of docs/detection.md, run as it stands, in a folder that has what it names."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from typer.testing import CliRunner
 
 from setar_peft.backbones.loading import load_model, load_processor
+from setar_peft.cli import app
+from setar_peft.detection.threshold import Threshold
 from tests.conftest import GOLDEN, read_json
+from tests.detection.pictures import pictures, written
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, DETECTION = ROOT / "README.md", ROOT / "docs" / "detection.md"
 CASES = GOLDEN / "cases"
-# What stands for a Hub name, a folder of the user's, or a setting that needs more classes than the test has.
-STAND_INS = {
-    'CLIPModel.from_pretrained("openai/clip-vit-base-patch16")': "load_model(FOLDER)",
-    'CLIPProcessor.from_pretrained("openai/clip-vit-base-patch16")': "load_processor(FOLDER, model)",
-    '"imagenet_1k_one_image_a_class/"': "IMAGES",
-    '"imagenet_1k_validation/"': "IMAGES",
-    '"places/"': "OOD_IMAGES",
-    '"report.html"': "REPORT",
-    "top_k=300": "top_k=2",
-    '"adapter"': "ADAPTER",
-    'peft_model.push_to_hub("you/clip-setar-imagenet")': "",
-}
+CLIP = "openai/clip-vit-base-patch16"
+# What needs more classes than the test has, and the Hub.
+STAND_INS = {"top_k=300": "top_k=2", 'peft_model.push_to_hub("you/clip-setar-imagenet")': ""}
+# The interval of few images is said elsewhere.
+pytestmark = pytest.mark.filterwarnings("ignore:24 ID inputs are few:UserWarning")
 
 
-def _blocks() -> list[str]:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    text = "\0".join(blocks)
-    for given, stand_in in STAND_INS.items():
-        assert given in text, f"the README no longer says {given}"
-        text = text.replace(given, stand_in)
-    return text.split("\0")
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
-    model_folder = str(CASES / "clip_tiny")
-    names: dict[str, Any] = {
-        "FOLDER": model_folder,
-        "IMAGES": CASES / "images",
-        "OOD_IMAGES": CASES / "images" / "c003",
-        "REPORT": tmp_path / "report.html",
-        "ADAPTER": str(tmp_path),
-        "class_names": read_json(CASES / "folders.json"),
-        "load_model": load_model,
-        "load_processor": load_processor,
-        "pixel_values": torch.zeros(2, 3, 32, 32),
-    }
-    for block in _blocks():
-        exec(compile(block, str(README), "exec"), names)
+def run(page: Path, names: dict[str, Any]) -> dict[str, Any]:
+    for block in blocks(page):
+        for given, stand_in in STAND_INS.items():
+            block = block.replace(given, stand_in)
+        exec(compile(block, str(page), "exec"), names)
+    return names
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the models and pictures that the pages name, which is the working directory."""
+    model = load_model(str(CASES / "clip_tiny"))
+    for part in (model, load_processor(str(CASES / "clip_tiny"), model)):
+        part.save_pretrained(tmp_path / CLIP)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViTConfig(**shape, image_size=32, patch_size=8, id2label={0: "cat", 1: "dog", 2: "car"})
+    for part in (ViTForImageClassification(config), ViTImageProcessorPil(size={"height": 32, "width": 32})):
+        part.save_pretrained(tmp_path / "google" / "vit-base-patch16-224")
+    for name in ("imagenet_1k_one_image_a_class", "imagenet_1k_validation"):
+        (tmp_path / name).symlink_to(CASES / "images")
+    (tmp_path / "test").mkdir()
+    for folder, name in read_json(CASES / "folders.json").items():
+        (tmp_path / "test" / name).symlink_to(CASES / "images" / folder)
+    for seed, (name, count) in enumerate({"held-out": 200, "inbox": 5, "places": 6, "textures": 6}.items()):
+        written(tmp_path / name, count, seed)
+    pictures(1, seed=9)[0].save(tmp_path / "street.jpg")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_of_the_readme_runs(here: Path) -> None:
+    names = run(README, {"class_names": read_json(CASES / "folders.json")})
     assert any(names["peft_model"].peft_config["default"].rank_ratios.values())
-    assert names["scores"].shape == (2,)
     assert list(names["evaluation"].models) == ["base", "SeTAR"]
-    assert (tmp_path / "report.html").is_file()
+    assert (here / "report.html").is_file()
+    assert len(names["detector"]("inbox/")) == 5
     assert type(names["peft_model"].merge_and_unload()).__name__ == "CLIPModel"
 
 
+def test_a_decision_takes_six_lines(here: Path) -> None:
+    (block,) = (block for block in blocks(README) if "street.jpg" in block)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 6
+    names: dict[str, Any] = {}
+    exec(compile(block, str(README), "exec"), names)
+    assert names["detector"].threshold.n == 200
+    assert (here / "my-detector" / "detector.json").is_file()
+
+
+def test_the_python_of_the_page_on_detection_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the detector that its commands make."""
+    fit = ["fit", CLIP, "--images", "test", "--output", "my-detector", "--device", "cpu"]
+    result = CliRunner().invoke(app, fit)
+    assert result.exit_code == 0, result.output
+    names = run(DETECTION, {})
+    assert (here / "why.png").is_file()
+    assert names["records"][1].error.startswith("nowhere.jpg cannot be read")
+    assert names["scored"].num_rows == 5
+    assert set(names["pipe"].detector.class_names) == set(read_json(CASES / "folders.json").values())
+    assert "textures" in capsys.readouterr().out
+
+
+def test_the_intervals_of_a_threshold_are_right() -> None:
+    rows = re.findall(
+        r"^\| ([\d,]+) \| ([\d.]+) % to ([\d.]+) % \| ([\d.]+) points",
+        DETECTION.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) == 3
+    for number, low, high, deviation in rows:
+        n = int(number.replace(",", ""))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            interval = Threshold.of(np.arange(n), 0.95).interval
+        assert interval == pytest.approx((float(low) / 100, float(high) / 100), abs=6e-4)
+        assert float(deviation) == round(100 * (0.95 * 0.05 / n) ** 0.5, 1)
+
+
 @pytest.mark.parametrize(
-    "command", ["setar demo", "pytest", "setar search", "setar merge", "setar export-lora", "setar info"]
+    "command",
+    [
+        *("setar demo", "pytest", "setar search", "setar fit", "setar detect", "setar evaluate"),
+        *("setar merge", "setar export-lora", "setar info"),
+    ],
 )
 def test_the_commands_exist(command: str) -> None:
-    from typer.testing import CliRunner
-
-    from setar_peft.cli import app
-
     assert command in README.read_text(encoding="utf-8")
     program, *subcommand = command.split()
     if program == "setar":
         assert CliRunner().invoke(app, [*subcommand, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("docs/*.md")), README], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor

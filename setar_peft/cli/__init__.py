@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-_COMMANDS = ("demo", "search", "merge", "export-lora", "export-onnx", "info")
+_COMMANDS = ("demo", "search", "evaluate", "fit", "detect", "merge", "export-lora", "export-onnx", "info")
 
 
 class _Unloaded(typer.core.TyperCommand):
@@ -41,6 +41,8 @@ class _Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # whoever reads has seen enough, as in `setar detect ... | head`
+            raise
         except (ValueError, OSError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error

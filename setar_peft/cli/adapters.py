@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from peft import PeftModel
@@ -29,12 +29,13 @@ def adapter_config(adapter: str) -> SeTARConfig:
     return config
 
 
-def load_adapter(adapter: str, base: str | None) -> PeftModel:
+def load_adapter(adapter: str, base: str | None, dtype: Any = "auto") -> PeftModel:
     """A saved adapter on its base.
 
     Args:
         adapter: Folder or Hub name.
         base: Folder or Hub name of the base model; by default the one that the adapter's config names.
+        dtype: Of the base's weights; by default the one that they are saved in.
 
     Raises:
         ValueError: If the adapter or its base cannot be loaded or do not belong together.
@@ -53,5 +54,5 @@ def load_adapter(adapter: str, base: str | None) -> PeftModel:
             "PeftModel.from_pretrained."
         )
     whose = f"The config of {adapter}"
-    model = load_base(name, str(kind), whose, dtype="auto", revision=None if base else config.revision)
+    model = load_base(name, str(kind), whose, dtype=dtype, revision=None if base else config.revision)
     return PeftModel.from_pretrained(model, adapter, config=config)

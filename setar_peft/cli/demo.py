@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from setar_peft.cli.search import BatchSize, Device, OodWeight, Prompt, TopK
+from setar_peft.cli.options import BatchSize, Device, Prompt
+from setar_peft.cli.search import OodWeight, TopK
 from setar_peft.demo.command import run_demo
 from setar_peft.demo.experiment import Settings
 
@@ -46,6 +47,13 @@ def demo(
 
     Without --model and --images it runs offline on scikit-learn's handwritten digits, with a small CLIP that it trains
     once. What comes out is printed, better or worse.
+
+    **Examples**
+
+    ```
+    setar demo
+    setar demo --model openai/clip-vit-base-patch16 --images pictures --ood textures --output compared
+    ```
     """
     run_demo(
         Settings(ood_weight, top_k, prompt, batch_size, device),

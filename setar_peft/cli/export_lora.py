@@ -16,5 +16,12 @@ def export_lora(
     output: Annotated[Path, typer.Argument(help="New folder for the LoRA.")],
     base: BaseName = None,
 ) -> None:
-    """Write an adapter as the LoRA that computes the same, for PEFT without this package."""
+    """Write an adapter as the LoRA that computes the same, for PEFT without this package.
+
+    **Examples**
+
+    ```
+    setar export-lora my-adapter my-lora
+    ```
+    """
     typer.echo(f"Wrote {export.export_lora(load_adapter(adapter, base), output)}")

@@ -10,7 +10,14 @@ from setar_peft.tuner.config import SeTARConfig
 
 
 def info(adapter: AdapterName) -> None:
-    """Say what an adapter is, from its files alone: no base model is loaded."""
+    """Say what an adapter is, from its files alone: no base model is loaded.
+
+    **Examples**
+
+    ```
+    setar info my-adapter
+    ```
+    """
     typer.echo(_description(adapter, adapter_config(adapter)))
 
 

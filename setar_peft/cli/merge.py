@@ -18,7 +18,15 @@ def merge(
     base: BaseName = None,
     device: Annotated[str | None, typer.Option(help="Where to merge: cpu, cuda, ...", show_default="cpu")] = None,
 ) -> None:
-    """Merge an adapter into its base: a stock checkpoint that transformers loads alone."""
+    """Merge an adapter into its base: a stock checkpoint that transformers loads alone.
+
+    **Examples**
+
+    ```
+    setar merge my-adapter merged-model
+    setar merge my-adapter merged-model --base copies/clip-vit-base-patch16
+    ```
+    """
     with whole_folder(output) as folder:
         model = load_adapter(adapter, base)
         if device is not None:

@@ -18,14 +18,15 @@ from safetensors import SafetensorError
 
 from setar_peft import plots
 from setar_peft.backbones import Backbone, backbone_of
-from setar_peft.backbones.loading import PRECISIONS, load_model, load_processor, precision, torch_device
+from setar_peft.backbones.loading import load_model, load_processor
+from setar_peft.cli.options import BatchSize, Classes, Device, Dtype, Prompt, computing
 from setar_peft.data.folders import class_names_of
 from setar_peft.data.labels import matching_sentence
 from setar_peft.decomposition import PRUNE_STRATEGIES
 from setar_peft.objectives import LoCoOpObjective, PatchMetricObjective
 from setar_peft.objectives.locoop import TOP_K_SHARE
 from setar_peft.objectives.patch_metric import PatchMetric
-from setar_peft.processes import Processes, own_device
+from setar_peft.processes import Processes
 from setar_peft.search.estimate import estimate_cost
 from setar_peft.search.run import search_rank_ratios
 from setar_peft.search.trace import SearchTrace, trace_to_continue
@@ -46,9 +47,6 @@ TopK = Annotated[
         help="K of the OOD loss.", show_default=f"{100 * TOP_K_SHARE:g} % of the classes, rounded, at least 1"
     ),
 ]
-Prompt = Annotated[str, typer.Option(help='Prompt with "{class}" in it.')]
-BatchSize = Annotated[int, typer.Option(help="Images a batch.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="a GPU if there is one")]
 
 
 def search(
@@ -57,13 +55,7 @@ def search(
     output: Annotated[Path, typer.Option(help="Folder for the adapter, trace.json and trace.csv.")] = Path(
         "setar-search"
     ),
-    classes: Annotated[
-        Path | None,
-        typer.Option(
-            help='JSON list of class names, or {"subfolder": "class name", ...}.',
-            show_default="the classifier's own, or the subfolders' names",
-        ),
-    ] = None,
+    classes: Classes = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -93,13 +85,7 @@ def search(
         float | None, typer.Option(help="GiB that recordings may take.", show_default="half of what is free")
     ] = SeTARConfig.recording_memory,
     device: Device = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help=f"{', '.join(PRECISIONS)}. float32 is exact and slow on GPUs: bfloat16 is recommended there; tf32 is "
-            "float32 whose products a GPU rounds."
-        ),
-    ] = "float32",
+    dtype: Dtype = "float32",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the trace in the output folder.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew and replace the trace and adapter in the output folder.")
@@ -109,6 +95,15 @@ def search(
     """Find the rank ratios of a model on a folder of images, and save the adapter and the trace.
 
     Under `accelerate launch` or torchrun the first process speaks and writes.
+
+    **Examples**
+
+    ```
+    setar search openai/clip-vit-base-patch16 --images train --dry-run
+    setar search openai/clip-vit-base-patch16 --images train --classes classes.json --output adapter
+    setar search openai/clip-vit-base-patch16 --images train --classes classes.json --output adapter --resume
+    setar search my-classifier --images train --weights W_up,W_q --device cuda --dtype bfloat16
+    ```
     """
     if criterion not in (*CRITERIA, *_METRICS):
         raise ValueError(f"--criterion is {criterion!r}; give one of {', '.join((*CRITERIA, *_METRICS))}.")
@@ -116,10 +111,7 @@ def search(
     if not dry_run:
         _check_output(trace_path, resume=resume, overwrite=overwrite)
     replaced = trace_path.stat().st_mtime_ns if overwrite and trace_path.exists() else None
-    where = torch_device(own_device(device))
-    if dtype == "tf32" and where.type != "cuda":
-        raise ValueError(f"--dtype tf32 is how CUDA GPUs multiply, and the device is {where}; give float32.")
-    with precision(dtype) as weights_dtype:
+    with computing(device, dtype) as (where, weights_dtype):
         base = load_model(model, dtype=weights_dtype).to(where)
         backbone = backbone_of(base)
         names = class_names_of(images, classes, None if backbone.needs_prompts else base.config.id2label)

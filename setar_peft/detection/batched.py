@@ -1,29 +1,168 @@
-"""A detector on a column of a table, batch by batch: for `datasets.Dataset.map` and its like."""
+"""A detector on a column of a table, batch by batch, also in other processes: for `datasets.Dataset.map` and others."""
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import nn
 
-class _Decides(Protocol):
-    def __call__(self, data: Any) -> Any: ...
+from setar_peft.detection.adapters import state_of
+from setar_peft.detection.fingerprint import active_adapters, key_of
+from setar_peft.hub.digests import adapter_digest, model_digest, tensors_digest
+from setar_peft.hub.processors import preprocessing_of
+from setar_peft.versions import __version__
+
+COLUMNS = ("label", "probability", "score", "is_id", "threshold", "error")
+
+
+class _Detector(Protocol):
+    model: Any
+    folder: Any
+
+    def __call__(self, data: Any, /) -> Any: ...
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, /) -> Any: ...
+
+
+# Detectors by digest. Processes that are forked from this one have them, too.
+_LIVE: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_HOME = os.getpid()
+# Of a model: what tells whether it was changed, and the digests of its weights, which take their time.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[str]]] = weakref.WeakKeyDictionary()
 
 
 class Batched:
-    """Takes a batch of columns and gives a detector's verdicts as columns; see `OODDetector.on`."""
+    """Takes a batch of columns and gives a detector's verdicts as columns; see `OODDetector.on`.
 
-    def __init__(self, detector: _Decides, column: str) -> None:
-        self._detector, self._column = detector, column
+    Pickled, it holds no model but the detector's digest, which is what caches tell it by, and where the detector lies.
+    In another process it finds the detector again: the one that the process was forked with, or else the one in the
+    folder that it was saved to or loaded from.
+
+    Args:
+        detector: The detector.
+        column: Name of the column with the inputs.
+    """
+
+    def __init__(self, detector: _Detector, column: str) -> None:
+        self._detector: _Detector | None = detector
+        self._kind, self._column = type(detector), column
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """The columns "label", "probability", "score", "is_id", "threshold" and "error" of a batch.
 
         Raises:
-            ValueError: If the batch has no such column.
+            ValueError: If the batch has no such column, or the detector is not to be found in this process.
         """
         if self._column not in batch:
             raise ValueError(f"The batch has the columns {', '.join(batch)}, and no {self._column!r}.")
+        if self._detector is None:
+            self._detector = self._found()
         records = self._detector(list(batch[self._column]))
-        names = ("label", "probability", "score", "is_id", "threshold", "error")
-        return {name: [getattr(record, name) for record in records] for name in names}
+        return {name: [getattr(record, name) for record in records] for name in COLUMNS}
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._detector is not None:
+            self._digest, self._folder = detector_digest(self._detector), self._detector.folder
+            _LIVE[self._digest] = self._detector
+        return {
+            "kind": self._kind,
+            "column": self._column,
+            "digest": self._digest,
+            "folder": None if self._folder is None else str(Path(self._folder).absolute()),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._detector = None
+        self._kind, self._column = state["kind"], state["column"]
+        self._digest, self._folder = state["digest"], state["folder"]
+
+    def _found(self) -> _Detector:
+        """The detector that was pickled, in the process that this is now."""
+        live = _LIVE.get(self._digest)
+        if live is not None and detector_digest(_after_fork(live)) == self._digest:
+            return live
+        if self._folder is None:
+            raise ValueError(
+                "The detector went into another process, which cannot find it there: it was neither saved nor loaded "
+                "from a folder. Call save_pretrained(folder) first, or leave out num_proc."
+                if live is None
+                else "The detector was given another threshold, score or model after it went into this process. Make "
+                'the function anew: detector.on("...").'
+            )
+        detector = self._kind.from_pretrained(self._folder)
+        if detector_digest(detector) != self._digest:
+            raise ValueError(
+                f"The detector in {self._folder} is another one than went into this process: its weights, classes, "
+                "score, threshold or preprocessing are others. Save it again, save_pretrained(folder)."
+            )
+        return detector
+
+
+def _after_fork(detector: _Detector) -> _Detector:
+    """A detector of the process that this one may have been forked from, fit for use here."""
+    if os.getpid() != _HOME:
+        device = next(detector.model.parameters()).device
+        if device.type != "cpu":
+            raise ValueError(
+                f"The detector's model is on {device}, which a forked process cannot use; leave out num_proc, or move "
+                "the model to the CPU before the detector is made."
+            )
+        # As in the workers of torch's DataLoader: the threads of the process above are not here, and to wait for them
+        # would be for ever.
+        torch.set_num_threads(1)
+    return detector
+
+
+def detector_digest(detector: Any) -> str:
+    """SHA-256 of what decides a detector's verdicts, in hexadecimal; equal again after it was saved and loaded.
+
+    The model counts by its weights and active adapters, whatever those are called, and a score of one's own by its
+    code.
+
+    Args:
+        detector: The detector.
+
+    Raises:
+        ValueError: If a weight is not in memory.
+    """
+    from datasets.fingerprint import Hasher
+
+    score, processor = detector.score, detector.processor
+    values, tensors = score.state()
+    known = processor is None or hasattr(processor, "save_pretrained")
+    bank = detector.class_weights
+    named = bank._replace(scale=torch.as_tensor(bank.scale))._asdict() | {
+        f"score.{key}": tensors[key] for key in tensors
+    }
+    return key_of(
+        version=__version__,
+        weights=_weights(detector.model),
+        tensors=tensors_digest({name: tensor for name, tensor in named.items() if tensor is not None}),
+        classes=detector.class_names,
+        preprocessing=preprocessing_of(processor, detector.kind) if known else Hasher.hash(processor),
+        score=[detector.score_name, detector.settings, values, Hasher.hash(_code(score))],
+        threshold=detector.threshold and detector.threshold.value,
+    )
+
+
+def _weights(model: nn.Module) -> list[str]:
+    state = state_of(model)
+    if _KNOWN.get(model, (None,))[0] != state:
+        if any(merged for *_, merged in state[1]):
+            digests = [tensors_digest(model.state_dict())]
+        else:
+            digests = [model_digest(model), *(adapter_digest(model, name) for name in active_adapters(model))]
+        _KNOWN[model] = state, digests
+    return _KNOWN[model][1]
+
+
+def _code(score: Any) -> list[Any]:
+    """What computes a score, and the one that it is made of."""
+    inner = getattr(score, "score", None)
+    return [type(score), getattr(score.function, "__func__", score.function), *([] if inner is None else _code(inner))]

@@ -278,7 +278,7 @@ class OODDetector(HubDetector):
 
         Returns:
             Takes a mapping from column names to lists, and gives the columns "label", "probability", "score", "is_id",
-            "threshold" and "error".
+            "threshold" and "error". It can be pickled; see `Batched`.
 
         Raises:
             ValueError: If the detector has no threshold.

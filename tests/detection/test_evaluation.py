@@ -424,6 +424,7 @@ for name, images, errors in (
     ("whole", "whole", "raise"),
     ("again", "whole", "raise"),
     ("broken", "broken", "leave_out"),
+    ("small", "small", "raise"),
     ("refused", "broken", "raise"),
 ):
     try:
@@ -441,13 +442,19 @@ def test_two_processes_give_the_figures_of_one_exactly(
 ) -> None:
     """3 and 4 batches of 4, the last ones not full: no image twice, none missing, the same bits; twice from a cache."""
     written(tmp_path / "whole", 14)
+    written(tmp_path / "small", 3)  # one batch, so that a process has none
     for number, path in enumerate(written(tmp_path / "broken", 14)):
         if number in (6, 9):
             path.write_bytes(b"")
     arguments = ["-c", PROCESS, str(golden), str(tmp_path)]
     in_two_processes(lambda _: arguments)
     settings: dict[str, Any] = {"processor": processor, "class_names": ["a", "b", "c"], "batch_size": 4}
-    for name, images, left_out in (("whole", "whole", 0), ("again", "whole", 0), ("broken", "broken", 2)):
+    for name, images, left_out in (
+        ("whole", "whole", 0),
+        ("again", "whole", 0),
+        ("broken", "broken", 2),
+        ("small", "small", 0),
+    ):
         errors: Any = "leave_out" if left_out else "raise"
         files = {"files": tmp_path / images}
         one = evaluate(model, pixels[:11], files, resamples=20, errors=errors, **settings)

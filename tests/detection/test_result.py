@@ -6,12 +6,14 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from setar_peft.detection.figures import Conventions, ModelScores, SetScores
@@ -96,6 +98,13 @@ def test_one_set_has_no_mean_and_one_model_no_difference() -> None:
     assert math.isnan(found.accuracy())
     assert "Accuracy: not known" in found.table()
     assert found.table().splitlines()[0].split() == ["OOD", "set", "score", "FPR95", "AUROC", "AUPR-in", "AUPR-out"]
+
+
+def test_scores_may_be_tensors_of_any_precision_and_are_named_where_they_are_none() -> None:
+    known, unknown = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True), [0.0, 1.5]
+    assert Evaluation.of_scores(known, {"noise": unknown}).metrics("noise", "score").auroc == 5 / 6
+    with pytest.raises(ValueError, match="mine hold NaN or infinity in 1 of 2"):
+        Evaluation.of_scores([1.0, 2.0], {"noise": [0.0, math.nan]}, score="mine")
 
 
 def test_intervals_hold_their_figures_and_equal_models_differ_by_nothing() -> None:
@@ -284,6 +293,10 @@ def broken_scores() -> ModelScores:
         (
             {"a": model_scores(), "b": model_scores(settings={"mcm": {}})},
             ["the scores ['mcm'], model 'a'", "['mcm', 'gl_mcm']"],
+        ),
+        (
+            {"a": model_scores(), "b": model_scores(id_set=replace(set_scores("ID", 80, 1), numbers=np.arange(1, 81)))},
+            ["Models 'a' and 'b' have scores of different images of the set 'ID'"],
         ),
         ({"a": model_scores(settings=SETTINGS | {"energy": {}})}, ["Model 'a' has no 'energy' of the set 'ID'"]),
         (
