@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -116,7 +117,7 @@ def load_base(name: str, class_name: str, whose: str, **kwargs: Any) -> Any:
         raise ValueError(f"{whose} names {class_name} as the class of its base, which is no model of transformers.")
     try:
         return model_class.from_pretrained(name, **kwargs).eval()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{whose} has the base {name!r}, which cannot be loaded: {reason} Say where the base is, or give it."

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from setar_peft.detection.bootstrap import Interval, Resampled, resample
-from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule, fpr_at_tpr, ood_metrics
+from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule, as_scores, fpr_at_tpr, ood_metrics
 
 # What the ID images are called beside the OOD sets, and the row of the sets' means.
 ID_SET = "ID"
@@ -47,10 +47,13 @@ class SetScores:
         """A set of which there are scores alone: no names, labels or predictions.
 
         Args:
-            scores: Name of a score -> (n,), an array, tensor or sequence of numbers.
+            scores: Name of a score -> (n,), an array, tensor or sequence of numbers; at least one.
+
+        Raises:
+            ValueError: If there are no scores, or they are not 1-D or not finite.
         """
-        arrays = {name: np.asarray(values) for name, values in scores.items()}
-        count = len(next(iter(arrays.values()))) if arrays else 0
+        arrays: dict[str, NDArray[np.floating]] = {name: as_scores(name, values) for name, values in scores.items()}
+        count = len(next(iter(arrays.values())))
         unknown = np.full(count, -1)
         return cls(
             [str(number) for number in range(count)],
@@ -323,8 +326,8 @@ def _check_fit(models: Mapping[str, ModelScores]) -> None:
         for ood_set, images in scores.sets.items():
             if not np.array_equal(images.numbers, first.sets[ood_set].numbers):
                 raise ValueError(
-                    f"Models {name!r} and {other!r} have scores of different images of the set {ood_set!r}; give scores "
-                    "of the same images, so that they can be paired."
+                    f"Models {name!r} and {other!r} have scores of different images of the set {ood_set!r}; give "
+                    "scores of the same images, so that they can be paired."
                 )
             for score in scores.settings:
                 if score not in images.scores:

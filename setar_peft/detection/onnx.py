@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from setar_peft.backbones import ClassWeights
-from setar_peft.data.images import image_processor_of
 from setar_peft.data.sources import source_of
 from setar_peft.detection.detector import OODDetector
 from setar_peft.detection.onnx_graph import DetectorGraph, Outputs
 from setar_peft.detection.scoring import Score
+from setar_peft.hub.processors import preprocessing_of
 from setar_peft.hub.whole_folder import written_whole
 from setar_peft.versions import versions
 
@@ -189,11 +189,10 @@ def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype 
         "class_names": list(detector.class_names),
         "prompt": detector.prompt if isinstance(detector.prompt, (str, type(None))) else list(detector.prompt),
         "threshold_found": asdict(detector.threshold),
+        "preprocessing": preprocessing_of(detector.processor, detector.kind),
     }
     with written_whole(folder) as unfinished:
-        if detector.kind == "image":
-            described["preprocessing"] = json.loads(image_processor_of(detector.processor).to_json_string())
-        else:
+        if detector.kind == "text":
             getattr(detector.processor, "tokenizer", detector.processor).save_pretrained(unfinished)
         check = export_onnx(
             detector.model,

@@ -147,11 +147,18 @@ class Passes:
         for name in self._sets.keys() - set(lacking):
             self._count(len(self._sets[name]))
         if lacking:
+            # What is known of a variant already is not computed for another's sake.
+            adapters = {
+                variant: adapter
+                for variant, adapter in subject.adapters.items()
+                if self._any(any(self._lacks(found[name][variant]) for name in lacking))
+            }
             layers = any(score.needs_layers for score, _ in subject.scores.values())
-            with reading(subject.model, subject.classes, layers=layers, adapters=subject.adapters) as reader:
+            with reading(subject.model, subject.classes, layers=layers, adapters=adapters) as reader:
                 chosen = self._chosen(reader, [found[name] for name in lacking])
                 for name in lacking:
-                    found[name] = self._completed(reader, chosen, name, found[name])
+                    known = {variant: found[name][variant] for variant in adapters}
+                    found[name] |= self._completed(reader, chosen, name, known)
         id_set, *ood_sets = self._sets
         models = {}
         for variant in subject.adapters:
@@ -185,7 +192,7 @@ class Passes:
         inputs = self._subject.fit_inputs
         chosen: dict[str, dict[str, tuple[Score, Mapping[str, Any]]]] = {variant: {} for variant in reader.classes}
         for name, (score, given) in self._subject.scores.items():
-            needed = any(name not in known.values for variants in lacking for known in variants.values())
+            needed = any(name not in variants[variant].values for variants in lacking for variant in chosen)
             fits = score.needs_fit and self._any(needed)
             for variant in chosen:
                 used, settings = score, reader.settings(variant, score, given)

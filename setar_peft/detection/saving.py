@@ -18,6 +18,8 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from numpy.typing import NDArray
 
 from setar_peft.backbones import ClassWeights
+from setar_peft.backbones.loading import torch_device
+from setar_peft.data.inputs import checked_batch_size
 from setar_peft.data.labels import ClassNames
 from setar_peft.detection.adapters import check_unchanged
 from setar_peft.detection.detector_model import (
@@ -59,6 +61,7 @@ class HubDetector(ModelHubMixin):
     kind: str
     class_names: list[str]
     prompt: str | Sequence[str] | None
+    batch_size: int
     score_name: str
     settings: dict[str, Any]
     threshold: Threshold | None
@@ -192,7 +195,7 @@ class HubDetector(ModelHubMixin):
         temperature: float | None = None,
         class_names: Any = None,
         prompt: Any = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -216,7 +219,7 @@ class HubDetector(ModelHubMixin):
             temperature: To have another.
             class_names: Refused unless they are the detector's own.
             prompt: Refused unless it is the detector's own.
-            batch_size: Inputs a batch.
+            batch_size: Inputs a batch; by default as it was, for the last digits of a score depend on it.
             revision: Branch, tag or commit on the Hub.
             token: For the Hub; by default that of `hf auth login`.
             cache_dir: Where what comes from the Hub is kept.
@@ -242,7 +245,10 @@ class HubDetector(ModelHubMixin):
             _check_same("class_names", list(ClassNames.of(class_names).names), list(files.class_names), folder)
         if prompt is not None:
             _check_same("prompt", prompt if isinstance(prompt, str) else list(prompt), files.prompt, folder)
-        scoring, settings, is_own = _scoring(files, folder, score, temperature)
+        # All that can be refused is, before an adapter is put into a model that was given.
+        unfitted, fitted, settings = _scoring(files, folder, score, temperature)
+        where = None if device is None else torch_device(str(device))
+        checked_batch_size(files.batch_size if batch_size is None else batch_size)
         if processor is None:
             processor = load_saved_processor(folder, files.preprocessing)
         check_preprocessing(files.preprocessing, processor, files.kind)
@@ -253,31 +259,30 @@ class HubDetector(ModelHubMixin):
             PROMPT if files.prompt is None else files.prompt,
             negative_labels=list(files.negative_labels) or None,
         )
-        model = load_detector_model(files, folder, model, device)
+        model = load_detector_model(files, folder, model, where)
         where = next(model.parameters()).device
-        fitted = scoring
-        if is_own:
+        bank = files.class_weights.to(where)
+        if fitted is not None:
             tensors = {name: tensor.to(where) for name, tensor in files.state_tensors.items()}
-            fitted = scoring.with_state(files.state, tensors)
-            scoring = scoring.with_state(files.unfitted, {})
-        detector._start(model, processor, {fitted: settings}, None, batch_size, files.class_weights.to(where))
-        detector._unfitted_score = scoring
+            fitted = unfitted.with_state(files.state, tensors)
+        chosen = {unfitted if fitted is None else fitted: settings}
+        detector._start(model, processor, chosen, None, files.batch_size if batch_size is None else batch_size, bank)
+        detector._unfitted_score = unfitted
         detector.folder = folder
-        if not is_own or detector.settings != files.settings:
-            if threshold is not None:
-                found_with = ", ".join([files.score, *(f"{key} {value}" for key, value in files.settings.items())])
-                detector._lost_threshold = f" (the one in its folder was found with another score: {found_with})"
-            return detector
-        detector.threshold = threshold
-        if files.id_scores is not None:
-            detector.id_scores = files.id_scores.numpy()
+        if fitted is not None:
+            detector.threshold = threshold
+            if files.id_scores is not None:
+                detector.id_scores = files.id_scores.numpy()
+        elif threshold is not None:
+            found_with = ", ".join([files.score, *(f"{key} {value}" for key, value in files.settings.items())])
+            detector._lost_threshold = f" (the one in its folder was found with another score: {found_with})"
         return detector
 
     def _save_pretrained(self, save_directory: Path) -> None:
         check_unchanged(self.model, self._model_state)
         facts = ModelFacts.of(self.model)
-        save_detector_model(self.model, save_directory)
         preprocessing = preprocessing_of(self.processor, self.kind)
+        save_detector_model(self.model, save_directory)
         if self.processor is not None:
             self.processor.save_pretrained(save_directory)
         state, tensors = self._score.state()
@@ -293,6 +298,7 @@ class HubDetector(ModelHubMixin):
             unfitted=self._unfitted_score.state()[0],
             state=state,
             preprocessing=preprocessing,
+            batch_size=self.batch_size,
             versions=versions(),
             class_weights=self._bank,
             threshold=None if found is None else SavedThreshold(**vars(found)),
@@ -307,8 +313,11 @@ class HubDetector(ModelHubMixin):
 
 def _scoring(
     files: DetectorFiles, folder: Path, score: Any, temperature: float | None
-) -> tuple[Score, dict[str, Any], bool]:
-    """The score of a detector that is loaded, unfitted, the settings given for it, and whether it is the saved one."""
+) -> tuple[Score, Score | None, dict[str, Any]]:
+    """The score of a detector that is loaded, as it was made and as it was saved, and its settings in full.
+
+    Where another score, or other settings, are asked for, there is none that was saved.
+    """
     try:
         own = find_score(files.score)
     except ValueError as error:
@@ -327,7 +336,10 @@ def _scoring(
     is_own = name == files.score and (
         own is None or found.state()[0] in (own.state()[0], dict(files.unfitted), dict(files.state))
     )
-    return found, {**files.settings, **given} if is_own else given, is_own
+    settings = found.settings(float(files.class_weights.scale), {**files.settings, **given} if is_own else given)
+    if not is_own or settings != files.settings:
+        return found, None, settings
+    return found.with_state(files.unfitted, {}), found.with_state(files.state, files.state_tensors), settings
 
 
 def _threshold_of(files: DetectorFiles, folder: Path) -> Threshold | None:

@@ -71,6 +71,7 @@ class DetectorFiles:
         attention: How the base computes its attention, such as "sdpa": its last digits depend on it.
         base_sha256: `model_digest` of the base.
         adapter_sha256: `adapter_digest` of the adapter; None without one.
+        batch_size: Inputs a batch, on which the last digits of a score depend.
         versions: Name -> version, of what the detector was made with.
         class_weights: The classes as rows, and the negative labels.
         threshold: None where the detector was not fitted.
@@ -94,6 +95,7 @@ class DetectorFiles:
     attention: str
     base_sha256: str
     adapter_sha256: str | None
+    batch_size: int
     versions: Mapping[str, str]
     class_weights: ClassWeights
     threshold: SavedThreshold | None = None
@@ -208,6 +210,7 @@ class DetectorFiles:
             "attention": self.attention,
             "base_sha256": self.base_sha256,
             "adapter_sha256": self.adapter_sha256,
+            "batch_size": self.batch_size,
             "versions": dict(self.versions),
         }
 

@@ -147,6 +147,7 @@ _DOCUMENT = {
     "attention": _TEXT,
     "base_sha256": _DIGEST,
     "adapter_sha256": _Kind("a SHA-256 or null", lambda value: value is None or _is_digest(value)),
+    "batch_size": _Kind("a whole number above 0", lambda value: type(value) is int and value > 0),
     "versions": _Kind(
         "named texts",
         lambda value: isinstance(value, dict) and all(isinstance(item, str) for item in value.values()),

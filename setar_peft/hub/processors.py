@@ -66,7 +66,7 @@ def load_saved_processor(folder: Path, preprocessing: Mapping[str, Any]) -> Any:
         # Without torchvision transformers warns that it takes the PIL processor; what matters is said below.
         warnings.simplefilter("ignore")
         try:
-            return _LOADERS[saved_as].from_pretrained(folder)
+            return _LOADERS[saved_as].from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
                 f"The processor in {folder} cannot be loaded: {str(error).splitlines()[0]} Give it, processor=..."

@@ -51,11 +51,10 @@ def adapted(load_clip: Callable[..., Any], processor: Any, class_names: list[str
 
 
 def same(one: Any, other: Any, data: Any = NEW) -> bool:
-    """Whether two detectors say the same, to the bit, in batches of one size."""
-    other.batch_size = one.batch_size
+    """Whether two detectors say the same, to the bit."""
     ours, theirs = one.scores(data), other.scores(data)
     equal = all(np.array_equal(ours[name], theirs[name]) for name in ("score", "probability", "label"))
-    described = ("class_names", "prompt", "score_name", "settings", "threshold", "kind")
+    described = ("class_names", "prompt", "score_name", "settings", "threshold", "kind", "batch_size")
     decided = one.threshold is None or list(one(data, top_k=2)) == list(other(data, top_k=2))
     return (
         equal
@@ -156,8 +155,11 @@ def test_a_score_that_is_fitted_itself(
         assert same(detector, loaded)
         # Fitted anew, it is the score as it was made.
         assert same(detector.fit(pictures(90, seed=5)), loaded.fit(pictures(90, seed=5)))
-    other = OODDetector.from_pretrained(folder, score=LayerFusion("mcm", bins=20))
-    assert (other.threshold, other._score.needs_fit) == (None, True)
+    for given in ({"score": LayerFusion("mcm", bins=20)}, {"temperature": 3.0}):
+        other = OODDetector.from_pretrained(folder, **given)
+        assert (other.threshold, other._score.needs_fit) == (None, True)
+        with pytest.raises(ValueError, match=r"found with another score: layer_fusion:mcm, temperature 1"):
+            other.on("image")
 
 
 def test_a_threshold_by_hand_and_none_at_all(detector: Any, tmp_path: Path) -> None:
@@ -208,6 +210,24 @@ def test_a_base_without_a_name_is_said(load_clip: Any, processor: Any, class_nam
     with pytest.raises(ValueError, match=r"names no base model; give it, model="):
         OODDetector.from_pretrained(tmp_path)
     assert same(detector, OODDetector.from_pretrained(tmp_path, model=base))
+
+
+def test_a_refusal_leaves_a_model_that_was_given_as_it_was(adapted: Any, load_clip: Any, tmp_path: Path) -> None:
+    adapted().save_pretrained(tmp_path)
+    base = load_clip()
+    modules = {name: type(module) for name, module in base.named_modules()}
+    wrong: list[dict[str, Any]] = [
+        {"score": {"gl_mcm": {"weight": 1}}},
+        {"score": "nothing"},
+        {"batch_size": 0},
+        {"device": "nowhere"},
+        {"prompt": "a {class}"},
+        {"processor": ViTImageProcessorPil()},
+    ]
+    for given in wrong:
+        with pytest.raises(ValueError, match=next(iter(given)) + "|has no setting"):
+            OODDetector.from_pretrained(tmp_path, model=base, **given)
+        assert {name: type(module) for name, module in base.named_modules()} == modules
 
 
 def test_options_that_nothing_reads_are_refused(saved: Path, detector: Any) -> None:
@@ -293,7 +313,7 @@ def test_a_base_that_is_given(adapted: Any, load_clip: Callable[..., Any], tmp_p
     loaded = OODDetector.from_pretrained(tmp_path, model=load_clip())
     assert same(detector, loaded)
     assert same(detector, OODDetector.from_pretrained(tmp_path, model=detector.model))
-    assert same(detector, OODDetector.from_pretrained(tmp_path, model=loaded.model, batch_size=2))
+    assert OODDetector.from_pretrained(tmp_path, model=loaded.model, batch_size=2).batch_size == 2
     # What the base's own digits depend on is said.
     other = CLIPModel.from_pretrained(load_clip().name_or_path, attn_implementation="sdpa")
     with pytest.warns(UserWarning, match=r"attention by 'sdpa', and the detector in .* was made with 'eager'"):
@@ -532,8 +552,9 @@ def test_a_card_of_the_adapters_kind(adapted: Any, tmp_path: Path) -> None:
         assert not re.search(r"/golden|/tmp", text)
 
 
-def test_damaged_folders(adapted: Any, tmp_path: Path) -> None:
-    adapted().save_pretrained(tmp_path / "whole")
+@pytest.mark.parametrize("kind", ["adapted", "stock"])
+def test_damaged_folders(kind: str, adapted: Any, detector: Any, tmp_path: Path) -> None:
+    (adapted() if kind == "adapted" else detector).save_pretrained(tmp_path / "whole")
     names = sorted(set(files_of(tmp_path / "whole")) - {"README.md"})
     assert len(names) == 7
     for name in names:
@@ -544,8 +565,10 @@ def test_damaged_folders(adapted: Any, tmp_path: Path) -> None:
             (folder / name).unlink() if change is None else (folder / name).write_bytes(change(data))
             if name == "detector.json" and number in (0, 2):
                 continue  # a line feed more or less
-            with pytest.raises(ValueError, match=re.escape(name)) as caught:
+            # What is wrong with a model's weights is said by transformers, which names their folder.
+            with pytest.raises(ValueError, match=re.escape(str(folder))) as caught:
                 OODDetector.from_pretrained(folder)
+            assert name in str(caught.value) or name == "model.safetensors"
             assert 40 < len(str(caught.value)) < 1000
     with pytest.raises(ValueError, match=r"There is no detector .*nothing"):
         OODDetector.from_pretrained(tmp_path / "nothing")

@@ -44,6 +44,7 @@ def sample(**changes: Any) -> DetectorFiles:
         "attention": "sdpa",
         "base_sha256": "0" * 64,
         "adapter_sha256": "a" * 64,
+        "batch_size": 64,
         "versions": {"torch": "2.13.0"},
         "class_weights": ClassWeights(
             torch.randn(4, 6, generator=generator),
@@ -250,7 +251,7 @@ def unsigned() -> Iterator[Damage]:
 def signed() -> Iterator[Damage]:
     for key in json.loads(json.dumps(sample()._values())):
         yield f"no {key}", rewritten(lambda document, key=key: document.pop(key)), f"detector.json lacks {key}"
-        for value in (5, True, [1], {"a": float("nan")}):
+        for value in (-5, True, [1], {"a": float("nan")}):
             change = rewritten(lambda document, key=key, value=value: document.__setitem__(key, value))
             yield f"{key} is {value}", change, "detector.json"
     for key in ("format", "files", "sha256"):
