@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,7 +107,7 @@ def _texts(inputs: Iterable[str]) -> list[str]:
 
 
 def _printed(records: Iterable[Detection]) -> Iterator[Detection]:
-    """The records as lines of JSON, each as soon as it is there, and without what the summary does not need."""
+    """The records, printed as lines of JSON as soon as they are there; what is kept is what a summary needs."""
     for record in records:
         typer.echo(json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False))
-        yield record
+        yield replace(record, id="", label=None, top=())
