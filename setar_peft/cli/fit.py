@@ -22,7 +22,7 @@ from setar_peft.cli.options import (
     computing,
 )
 from setar_peft.detection.detector import OODDetector
-from setar_peft.tuner.export import whole_folder
+from setar_peft.writing import whole_folder
 
 _DETECTOR = inspect.signature(OODDetector).parameters
 _FIT = inspect.signature(OODDetector.fit).parameters

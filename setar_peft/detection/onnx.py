@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,8 +28,8 @@ from setar_peft.detection.detector import OODDetector
 from setar_peft.detection.onnx_graph import DetectorGraph, Outputs
 from setar_peft.detection.scoring import Score
 from setar_peft.hub.processors import preprocessing_of
-from setar_peft.hub.whole_folder import written_whole
 from setar_peft.versions import versions
+from setar_peft.writing import whole_files, whole_folder
 
 OnnxDtype = Literal["float32", "float16"]
 
@@ -141,16 +140,12 @@ def export_onnx(
     with torch.no_grad():
         expected = [graph(*batch.values()) for batch in batches]
     graph.merge(getattr(torch, dtype))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder, path.name)
-        graph.write(written, texts)
-        actual = _run(written, batches)
+    with whole_files(path.parent) as folder:
+        graph.write(folder / path.name, texts)
+        actual = _run(folder / path.name, batches)
         figures = _compared(expected, actual, graph.threshold, TOLERANCE[dtype])
-        files = sorted(Path(folder).iterdir())
-        for file in reversed(files):
-            file.rename(path.parent / file.name)
-    return OnnxCheck(tuple(path.parent / file.name for file in files), *figures, carried)
+        files = tuple(path.parent / file.name for file in sorted(folder.iterdir()))
+    return OnnxCheck(files, *figures, carried)
 
 
 def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype = "float32") -> OnnxCheck:
@@ -175,9 +170,6 @@ def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype 
         UserWarning: As `export_onnx`.
     """
     check_packages()
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files; give a new folder, so that nothing is overwritten.")
     if detector.threshold is None:
         raise ValueError("The detector has no threshold, so that its graph could not decide; call fit(id_data) first.")
     samples = (
@@ -191,7 +183,8 @@ def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype 
         "threshold_found": asdict(detector.threshold),
         "preprocessing": preprocessing_of(detector.processor, detector.kind),
     }
-    with written_whole(folder) as unfinished:
+    folder = Path(folder)
+    with whole_folder(folder) as unfinished:
         if detector.kind == "text":
             getattr(detector.processor, "tokenizer", detector.processor).save_pretrained(unfinished)
         check = export_onnx(

@@ -36,9 +36,9 @@ from setar_peft.hub.card import CARD_NAME
 from setar_peft.hub.detector_card import write_detector_card
 from setar_peft.hub.detector_files import DETECTOR_NAME, DetectorFiles, SavedThreshold, detector_folder
 from setar_peft.hub.processors import check_preprocessing, load_saved_processor, preprocessing_of
-from setar_peft.hub.whole_folder import written_whole
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 from setar_peft.versions import versions
+from setar_peft.writing import whole_files
 
 if TYPE_CHECKING:
     from typing import Self
@@ -126,7 +126,7 @@ class HubDetector(ModelHubMixin):
             given = ", ".join(["repo_id"] * (repo_id is not None) + sorted(push_to_hub_kwargs))
             raise ValueError(f"{given}: only for push_to_hub=True; leave it out, or push.")
         outdated = _OUTDATED if (folder / DETECTOR_NAME).is_file() else ()
-        with written_whole(folder, outdated) as unfinished:
+        with whole_files(folder, outdated) as unfinished:
             if (folder / CARD_NAME).is_file():
                 shutil.copy(folder / CARD_NAME, unfinished)
             super().save_pretrained(unfinished)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from setar_peft.backbones import ClassWeights
 from setar_peft.hub.detector_schema import FORMAT, check_document, check_plain
-from setar_peft.hub.whole_folder import written_whole
 from setar_peft.tuner.adapter_file import file_digest
+from setar_peft.writing import whole_files
 
 DETECTOR_NAME = "detector.json"
 TENSORS_NAME = "detector.safetensors"
@@ -120,7 +120,7 @@ class DetectorFiles:
         }
         self.check("the detector")
         data = save(tensors)
-        with written_whole(folder) as unfinished:
+        with whole_files(folder) as unfinished:
             digests = {**_digests(Path(folder)), TENSORS_NAME: hashlib.sha256(data).hexdigest()}
             document = {"format": FORMAT, **self._values(), "files": digests, "sha256": "0" * 64}
             check_document(document, "the detector")

@@ -436,7 +436,7 @@ def test_a_detector_that_cannot_decide_or_was_changed_is_not_exported(detector: 
         export_detector(detector, tmp_path / "onnx")
     detector.at(threshold=0.3)
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds files; give a new folder"):
+    with pytest.raises(ValueError, match=r"is not an empty folder; give a new one"):
         export_detector(detector, tmp_path)
     with torch.no_grad():
         detector.model.visual_projection.weight.mul_(2)
