@@ -11,9 +11,9 @@ from torch import nn
 
 from setar_peft.backbones import ClassWeights, backbone_of
 from setar_peft.data.inputs import Inputs
-from setar_peft.decomposition import tensor_digest
 from setar_peft.detection.fingerprint import key_of
 from setar_peft.detection.scoring import Score
+from setar_peft.hub.digests import tensors_digest
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.versions import versions
 
@@ -65,15 +65,15 @@ def _identity(score: Score) -> Any:
     parts = _identity(inner) if isinstance(inner, Score) else []
     if parts is None:
         return None
-    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-    return [type(score).__qualname__, getattr(score.function, "__qualname__", None), score.name, values, digests, parts]
+    function = getattr(score.function, "__qualname__", None)
+    return [type(score).__qualname__, function, score.name, values, tensors_digest(tensors), parts]
 
 
 def _classes(model: nn.Module, classes: ClassPrompts | ClassWeights) -> Any:
     """What the map from features to logits is made of; prompts are tokenised, and not encoded."""
     if isinstance(classes, ClassWeights):
-        return [None if tensor is None else tensor_digest(torch.as_tensor(tensor)) for tensor in classes]
-    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
+        return tensors_digest(classes.tensors())
+    backbone = backbone_of(model)
     tokens: dict[str, Any] = {}
     if backbone.needs_prompts:
         # It warns again where the prompts are encoded.

@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, backbone_of
+from setar_peft.backbones import backbone_of
 from setar_peft.data.inputs import Inputs
 from setar_peft.data.labels import ClassNames
-from setar_peft.data.sources import Kind, source_of
+from setar_peft.data.rows import Kind
+from setar_peft.data.sources import source_of
 from setar_peft.detection.adapters import AS_IT_IS
 from setar_peft.detection.detector import OODDetector
 from setar_peft.detection.figures import ID_SET, Conventions, ModelScores, check_set_names
@@ -185,16 +186,10 @@ def _of_model(
     prompt: str | Sequence[str],
     negative_labels: Any,
 ) -> _Candidate:
-    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
-    if class_names is None and not backbone.needs_prompts:
-        class_names = ClassNames.of_model(backbone.model.config.id2label)
-    if class_names is None:
-        raise ValueError(
-            f"{type(backbone.model).__name__} does not name its classes; give class_names, the in-distribution classes."
-        )
-    classes = ClassPrompts(processor, class_names, prompt, negative_labels=negative_labels)
+    backbone = backbone_of(model)
+    classes = ClassPrompts.of_model(backbone, processor, class_names, prompt, negative_labels=negative_labels)
     used = prompt if backbone.needs_prompts else None
-    return _Candidate(Subject(model, adapters, classes, scores), processor, _kind(backbone), classes.classes, used)
+    return _Candidate(Subject(model, adapters, classes, scores), processor, backbone.kind, classes.classes, used)
 
 
 def _of_detector(
@@ -211,10 +206,6 @@ def _of_detector(
     subject = Subject(detector.model, adapters, detector.class_weights, scores)
     names = ClassNames.of(detector.class_names)
     return _Candidate(subject, detector.processor, detector.kind, names, detector.prompt)
-
-
-def _kind(backbone: Backbone) -> Kind:
-    return "text" if backbone.input_tower == "text" else "image"
 
 
 def _with_fit_data(

@@ -6,10 +6,10 @@ import hashlib
 import json
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from setar_peft.detection.adapters import AS_IT_IS
+from setar_peft.backbones import base_of
+from setar_peft.detection.adapters import AS_IT_IS, active_adapters
 from setar_peft.hub.digests import adapter_digest, model_digest
 
 
@@ -40,7 +40,7 @@ def fingerprints(model: nn.Module, adapters: dict[str, str | None]) -> dict[str,
     Raises:
         ValueError: If an adapter is merged, or a weight is not in memory.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
+    base = base_of(model)
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     weights = model_digest(model)
     found = {}
@@ -54,9 +54,3 @@ def fingerprints(model: nn.Module, adapters: dict[str, str | None]) -> dict[str,
             adapters=[[name, configs[name].to_dict(), adapter_digest(model, name)] for name in named],
         )
     return found
-
-
-def active_adapters(model: nn.Module) -> list[str]:
-    """Names of the adapters that compute, in whichever wrapper; none where they are disabled."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))

@@ -244,7 +244,7 @@ def _batches(graph: DetectorGraph) -> Iterator[dict[str, Tensor]]:
             noise[name] = torch.randint(graph.model.config.vocab_size, value.shape, generator=generator)
     for inputs in (example, noise):
         alone = {name: value[-1:] for name, value in inputs.items()}
-        if graph.reads_text:
+        if graph.backbone.kind == "text":
             attended = alone.get("attention_mask", torch.ones_like(alone["input_ids"]))[0].nonzero().flatten()
             alone = {name: value[:, attended[: max(2, len(attended) // 2)]] for name, value in alone.items()}
         yield from (inputs, alone)

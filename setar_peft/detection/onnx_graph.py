@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, ClassWeights, backbone_of, named_inputs
+from setar_peft.backbones import Backbone, ClassWeights, backbone_of, base_of, named_inputs
 from setar_peft.detection.scoring import Score
 
 
@@ -79,7 +79,6 @@ class DetectorGraph(nn.Module):
         self.model: Any = _twin(model)
         self.score = score
         self.backbone: Backbone = backbone_of(self.model)
-        self.reads_text = self.backbone.input_tower == "text"
         self.example = self.backbone.on_device(named_inputs(example))
         if "spatial_shapes" in self.example:
             raise ValueError(
@@ -133,7 +132,7 @@ class DetectorGraph(nn.Module):
         # Sizes of 0 and 1 would be constants to torch.
         values = [value[torch.arange(2) % len(value)] for value in self.example.values()]
         axes: dict[int, Any] = {0: torch.export.Dim("batch")}
-        if self.reads_text:
+        if self.backbone.kind == "text":
             values = [value[:, torch.arange(max(4, value.shape[1])) % value.shape[1]] for value in values]
             axes[1] = torch.export.Dim("length", min=3, max=self.backbone.longest_text)  # type: ignore[attr-defined]
         names = {axis: str(size.__name__) for axis, size in axes.items()}
@@ -187,7 +186,7 @@ def _quiet() -> Iterator[None]:
 
 def _twin(model: nn.Module) -> nn.Module:
     """A copy of the model beneath its PEFT wrapper, frozen, in evaluation mode and float32, on the CPU."""
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    base: nn.Module = base_of(model)
     parameters = list(base.parameters())
     if getattr(base, "is_quantized", False):
         raise ValueError(

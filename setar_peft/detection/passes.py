@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights, ImageFeatures
+from setar_peft.backbones import ClassWeights, ImageFeatures, base_of
 from setar_peft.data.inputs import Inputs
-from setar_peft.detection.adapters import AS_IT_IS
+from setar_peft.detection.adapters import AS_IT_IS, active_adapters
 from setar_peft.detection.cache import DamagedError, SetCache, say_damaged
 from setar_peft.detection.cache_keys import key_of_set, keys_of_scores
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.figures import ModelScores, SetScores
-from setar_peft.detection.fingerprint import active_adapters, fingerprints
+from setar_peft.detection.fingerprint import fingerprints
 from setar_peft.detection.scoring import Reading, Score
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.processes import Processes
@@ -53,7 +53,7 @@ class Subject:
 
     def about(self, variant: str) -> dict[str, Any]:
         """What a variant is, as plain values."""
-        base: Any = getattr(self.model, "get_base_model", lambda: self.model)()
+        base = base_of(self.model)
         adapter: Any = self.adapters[variant]
         if adapter == AS_IT_IS:
             adapter = active_adapters(self.model)

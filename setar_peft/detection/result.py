@@ -23,7 +23,7 @@ from setar_peft.detection.figures import (
     figures_of,
 )
 from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule
-from setar_peft.detection.page import evaluation_sections
+from setar_peft.detection.page import Curves, curves_of, evaluation_sections
 from setar_peft.detection.tables import (
     difference_cells,
     difference_values,
@@ -129,6 +129,11 @@ class Evaluation:
         scores = ModelScores(SetScores.of_scores({score: id_scores}), sets, {score: {}})
         return cls.of({model: scores}, Conventions(positive, threshold, tpr, resamples, seed))
 
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores."""
+        return list(next(iter(self.models.values())).settings)
+
     def metrics(self, ood_set: str, score: str, model: str | None = None) -> OODMetrics:
         """The figures of one model and score on one OOD set, or on their "mean".
 
@@ -169,7 +174,7 @@ class Evaluation:
     def convention(self) -> str:
         """How the figures came about and are to be read: convention, temperature, prompt, versions."""
         used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        scores = ", ".join(map(self.score_label, self._scores()))
+        scores = ", ".join(map(self.score_label, self.scores))
         said = [*self.conventions.sentences(), f"All figures in percent. Scores: {scores}.", self._prompt()]
         return " ".join([*said, *self._left_out(), f"Made with {used}."])
 
@@ -252,6 +257,17 @@ class Evaluation:
         """
         return write_parquet(path, self.models)
 
+    def curves(self, score: str) -> Curves:
+        """ROC curves and histograms of a score, as matplotlib's figures: `evaluation.curves("mcm").roc.savefig(...)`.
+
+        Args:
+            score: Name of the score.
+
+        Raises:
+            ValueError: If there is no such score, or matplotlib is missing.
+        """
+        return curves_of(self.models, self._score(score), self.conventions)
+
     def report(
         self,
         path: str | os.PathLike[str],
@@ -274,15 +290,12 @@ class Evaluation:
         Raises:
             ValueError: If there is no such score or folder, or matplotlib is missing.
         """
-        shown_score = self._scores()[0] if score is None else score
-        if shown_score not in self._scores():
-            raise ValueError(f"score is {score!r}; write one of {', '.join(map(repr, self._scores()))}.")
         sections = evaluation_sections(
             self.models,
             self.rows,
             self.differences,
             self.conventions,
-            score=shown_score,
+            score=self.scores[0] if score is None else self._score(score),
             mistakes=mistakes,
             class_names=self.class_names,
             shown=self.shown,
@@ -290,7 +303,7 @@ class Evaluation:
                 ("Accuracy", self._accuracies()),
                 ("Conventions", " ".join(self.conventions.sentences())),
                 ("Prompt", self._prompt()),
-                *((f"Score {name}", self.score_label(name)) for name in self._scores()),
+                *((f"Score {name}", self.score_label(name)) for name in self.scores),
                 *((f"Model {name}", json.dumps(model.about)) for name, model in self.models.items() if model.about),
                 *((f"Set {name}", f"{len(images)} images") for name, images in self._sets().items()),
                 *(("Left out", sentence) for sentence in self._left_out()),
@@ -306,11 +319,13 @@ class Evaluation:
             raise ValueError(f"model is {model!r}; write one of {', '.join(map(repr, self.models))}.")
         return model
 
+    def _score(self, score: str) -> str:
+        if score not in self.scores:
+            raise ValueError(f"score is {score!r}; write one of {', '.join(map(repr, self.scores))}.")
+        return score
+
     def _sets(self) -> dict[str, SetScores]:
         return next(iter(self.models.values())).sets
-
-    def _scores(self) -> list[str]:
-        return list(next(iter(self.models.values())).settings)
 
     def _accuracies(self) -> str:
         known = {name: model.id_set.accuracy for name, model in self.models.items()}

@@ -345,6 +345,18 @@ def chosen_scores(
     return {found.name: (found, {**shared, **settings}) for found, settings in given}
 
 
+def chosen_score(wanted: Any, temperature: float | None = None) -> tuple[Score, dict[str, Any]]:
+    """The one score that a detector decides by, and the settings that were given for it; see `chosen_scores`.
+
+    Raises:
+        ValueError: As `chosen_scores`, and if there are several.
+    """
+    chosen = chosen_scores(wanted, temperature)
+    if len(chosen) > 1:
+        raise ValueError(f"score is {', '.join(map(repr, chosen))}; a detector decides by one.")
+    return next(iter(chosen.values()))
+
+
 def score(
     wanted: str | Score | Callable[..., Tensor], logits: Logits, features: ImageFeatures | None = None, **settings: Any
 ) -> Tensor:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from setar_peft.backbones import base_of
 from setar_peft.tuner.checkpoint import unprefixed
 from setar_peft.tuner.loading import plain_name
 
@@ -44,7 +45,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If an adapter is merged.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     adapters: list[str] = []
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):

@@ -53,6 +53,30 @@ class ClassPrompts:
         self.negative_labels = _negative_labels(negative_labels, self.class_names, prompt)
         self._tokenizer = getattr(processor, "tokenizer", processor)
 
+    @classmethod
+    def of_model(
+        cls,
+        backbone: Backbone,
+        processor: Any,
+        class_names: Sequence[str] | Mapping[Any, str] | ClassNames | None = None,
+        prompt: str | Sequence[str] = PROMPT,
+        *,
+        negative_labels: Sequence[str] | str | Path | None = None,
+    ) -> ClassPrompts:
+        """The same, with a classifier's own classes where none are named.
+
+        Raises:
+            ValueError: As above, and if there are no names.
+        """
+        if class_names is None and not backbone.needs_prompts:
+            class_names = ClassNames.of_model(backbone.model.config.id2label)
+        if class_names is None:
+            raise ValueError(
+                f"{type(backbone.model).__name__} does not name its classes; give class_names, the in-distribution "
+                "classes" + ("." if backbone.needs_prompts else " in the order of the model's outputs.")
+            )
+        return cls(processor, class_names, prompt, negative_labels=negative_labels)
+
     def tokens(self, backbone: Backbone) -> dict[str, Tensor]:
         """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
 

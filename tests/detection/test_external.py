@@ -69,12 +69,6 @@ def scored(detector: PytorchOOD, features: Tensor) -> Tensor:
     return score(detector, Logits(features, None, 1.0), ImageFeatures(features, features[:, None]))
 
 
-def message_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
-        function(*args, **kwargs)
-    return str(raised.value)
-
-
 def knn(train: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Distance of unit vectors to the fifth nearest."""
     del labels
@@ -398,6 +392,7 @@ def test_the_detectors_come_without_torchvision() -> None:
 import sys
 sys.modules["torchvision"] = None
 from setar_peft.detection.external import PytorchOOD
+from tests.refusals import message_of
 PytorchOOD("KNN")
 assert "pytorch_ood" not in sys.modules
 """
