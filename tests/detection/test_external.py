@@ -28,6 +28,7 @@ from setar_peft.detection.metrics import ood_metrics
 from setar_peft.detection.scores import find_score, score
 from setar_peft.detection.scoring import Reading
 from tests.detection.pictures import pictures, written
+from tests.refusals import message_of
 
 needs_pytorch_ood = pytest.mark.skipif(
     importlib.util.find_spec("pytorch_ood") is None,
@@ -392,7 +393,6 @@ def test_the_detectors_come_without_torchvision() -> None:
 import sys
 sys.modules["torchvision"] = None
 from setar_peft.detection.external import PytorchOOD
-from tests.refusals import message_of
 PytorchOOD("KNN")
 assert "pytorch_ood" not in sys.modules
 """
