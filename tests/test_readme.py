@@ -90,7 +90,6 @@ def test_the_python_of_the_page_on_detection_runs(here: Path, capsys: pytest.Cap
     result = CliRunner().invoke(app, fit)
     assert result.exit_code == 0, result.output
     names = run(DETECTION, {})
-    assert (here / "why.png").is_file()
     assert names["records"][1].error.startswith("nowhere.jpg cannot be read")
     assert names["scored"].num_rows == 5
     assert set(names["pipe"].detector.class_names) == set(read_json(CASES / "folders.json").values())

@@ -149,7 +149,7 @@ def evaluate(
         else:
             where, weights_dtype = stack.enter_context(computing(device, dtype or "float32"))
             measured, settings["processor"] = load_named(model, base, where, weights_dtype)
-            settings["class_names"] = classes_of(measured, images, classes)
+            settings["class_names"] = classes_of(measured, images, classes, said=Processes(where).is_first)
             settings["negative_labels"] = negative_labels
             settings["prompt"] = PROMPT if prompt is None else prompt
             if adapter:

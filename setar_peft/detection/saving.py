@@ -75,6 +75,11 @@ class HubDetector(ModelHubMixin):
     # Why the threshold that was saved does not hold, in brackets.
     _lost_threshold: str
 
+    @property
+    def config(self) -> Any:
+        """The model's configuration, for which transformers asks what is given to its `pipeline`."""
+        return self.model.config
+
     @abstractmethod
     def _start(
         self,
