@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from setar_peft.backbones import ClassWeights, backbone_of
 from setar_peft.data.inputs import Inputs
 from setar_peft.detection.fingerprint import key_of
-from setar_peft.detection.scoring import Score
+from setar_peft.detection.scoring import Score, ScoresInUse
 from setar_peft.hub.digests import tensors_digest
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.versions import versions
@@ -36,7 +35,7 @@ def key_of_set(model_digest: str, inputs_digest: str, batch_size: int, device: s
 def keys_of_scores(
     model: nn.Module,
     classes: ClassPrompts | ClassWeights,
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    scores: ScoresInUse,
     fit_inputs: Inputs | None,
 ) -> dict[str, str]:
     """Name -> key, of the scores that can be kept, and under "" of the predictions.

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from setar_peft.backbones import backbone_of
 from setar_peft.data.inputs import Inputs
@@ -27,15 +27,12 @@ from setar_peft.detection.figures import ID_SET, Conventions, ModelScores, check
 from setar_peft.detection.metrics import Positive, ThresholdRule
 from setar_peft.detection.passes import Errors, Passes, Subject
 from setar_peft.detection.result import Evaluation
-from setar_peft.detection.scores import chosen_scores
-from setar_peft.detection.scoring import Score
+from setar_peft.detection.scores import WantedScores, chosen_scores
+from setar_peft.detection.scoring import ScoresInUse
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 from setar_peft.processes import Processes
 
 DEFAULT_SCORES = ("mcm", "gl_mcm")
-
-# A name or function or `Score`, a list of them, or names with settings that differ from the paper's.
-Scores: TypeAlias = "str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]]"
 
 
 class _Candidate(NamedTuple):
@@ -52,7 +49,7 @@ def evaluate(
     model: nn.Module | OODDetector | Mapping[str, nn.Module | OODDetector],
     id_data: Any,
     ood_data: Mapping[str, Any],
-    scores: Scores | None = None,
+    scores: WantedScores | None = None,
     *,
     processor: Any = None,
     class_names: Sequence[str] | Mapping[Any, str] | ClassNames | None = None,
@@ -63,11 +60,11 @@ def evaluate(
     negative_labels: Any = None,
     fit_data: Any = None,
     batch_size: int = 64,
-    positive: Positive = "id",
-    threshold: ThresholdRule = "at_least",
-    tpr: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    positive: Positive = Conventions.positive,
+    threshold: ThresholdRule = Conventions.threshold_rule,
+    tpr: float = Conventions.tpr,
+    resamples: int = Conventions.resamples,
+    seed: int = Conventions.seed,
     errors: Errors = "raise",
     cache: str | Path | None = None,
     progress: bool = False,
@@ -180,7 +177,7 @@ def _check(ood_data: Any, errors: str) -> None:
 def _of_model(
     model: nn.Module,
     adapters: Mapping[str, str | None],
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    scores: ScoresInUse,
     processor: Any,
     class_names: Any,
     prompt: str | Sequence[str],
@@ -188,14 +185,14 @@ def _of_model(
 ) -> _Candidate:
     backbone = backbone_of(model)
     classes = ClassPrompts.of_model(backbone, processor, class_names, prompt, negative_labels=negative_labels)
-    used = prompt if backbone.needs_prompts else None
+    used = classes.prompt if backbone.needs_prompts else None
     return _Candidate(Subject(model, adapters, classes, scores), processor, backbone.kind, classes.classes, used)
 
 
 def _of_detector(
     detector: OODDetector,
     adapters: Mapping[str, str | None],
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]] | None,
+    scores: ScoresInUse | None,
     temperature: float | None,
 ) -> _Candidate:
     if scores is None:

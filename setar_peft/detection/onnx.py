@@ -179,7 +179,7 @@ def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype 
     described = {
         "kind": detector.kind,
         "class_names": list(detector.class_names),
-        "prompt": detector.prompt if isinstance(detector.prompt, (str, type(None))) else list(detector.prompt),
+        "prompt": detector.prompt,
         "threshold_found": asdict(detector.threshold),
         "preprocessing": preprocessing_of(detector.processor, detector.kind),
     }

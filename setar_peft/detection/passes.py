@@ -18,7 +18,7 @@ from setar_peft.detection.cache_keys import key_of_set, keys_of_scores
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.figures import ModelScores, SetScores
 from setar_peft.detection.fingerprint import fingerprints
-from setar_peft.detection.scoring import Reading, Score
+from setar_peft.detection.scoring import Reading, Score, ScoresInUse
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.processes import Processes
 
@@ -30,7 +30,7 @@ _OF_FEATURES = frozenset({"global_logits", "negative_logits", "features"})
 _ROWS = 1024
 
 # By variant of a model: name -> score, and its settings in full.
-_Chosen = Mapping[str, Mapping[str, tuple[Score, Mapping[str, Any]]]]
+_Chosen = Mapping[str, ScoresInUse]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Subject:
     model: nn.Module
     adapters: Mapping[str, str | None]
     classes: ClassPrompts | ClassWeights
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]]
+    scores: ScoresInUse
     fit_inputs: Inputs | None = None
 
     def about(self, variant: str) -> dict[str, Any]:
@@ -252,8 +252,7 @@ class Passes:
     def _passed(self, reader: Reader, missing: _Chosen, set_name: str) -> dict[str, _Found]:
         """What is missing of a set, by a pass over this process's batches; of all processes."""
         inputs, processes = self._sets[set_name], self._processes
-        starts = range(0, len(inputs), inputs.batch_size)[processes.index :: processes.count]
-        places = [place for start in starts for place in range(start, min(start + inputs.batch_size, len(inputs)))]
+        places = inputs.batch_places(processes.index, processes.count)
         parts: dict[str, list[dict[str, Tensor]]] = {variant: [] for variant in missing}
         left = len(inputs)
         errors: dict[int, str] = {}

@@ -103,11 +103,11 @@ class Evaluation:
         *,
         score: str = "score",
         model: str = "model",
-        positive: Positive = "id",
-        threshold: ThresholdRule = "at_least",
-        tpr: float = 0.95,
-        resamples: int = 1000,
-        seed: int = 0,
+        positive: Positive = Conventions.positive,
+        threshold: ThresholdRule = Conventions.threshold_rule,
+        tpr: float = Conventions.tpr,
+        resamples: int = Conventions.resamples,
+        seed: int = Conventions.seed,
     ) -> Evaluation:
         """The evaluation of one score that somebody has in a file. For several, and for several models, see `of`.
 
@@ -223,7 +223,7 @@ class Evaluation:
         many images there were and which were left out, versions.
         """
         return {
-            "prompt": self.prompt if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt),
+            "prompt": self.prompt,
             "class_names": None if self.class_names is None else list(self.class_names),
             "conventions": asdict(self.conventions),
             "models": {

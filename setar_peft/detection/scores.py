@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from setar_peft.backbones import ImageFeatures
 
 Pooling = Literal["patch", "class"]
+# A name, function or `Score`, several of them, or names with the settings that are not the score's own.
+WantedScores: TypeAlias = str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]]
 
 # From this many classes on `logit_gap` reads a fifth of them, below it half (paper, Table 8: 100 and 1,000; 10 and 20).
 _MANY_CLASSES = 100
@@ -313,7 +315,7 @@ def _check_name(score: Score) -> None:
 
 
 def chosen_scores(
-    scores: str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]],
+    scores: WantedScores,
     temperature: float | None = None,
 ) -> dict[str, tuple[Score, dict[str, Any]]]:
     """Scores as users give them.

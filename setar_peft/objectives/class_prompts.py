@@ -29,7 +29,7 @@ class ClassPrompts:
     Attributes:
         classes: The classes.
         class_names: Their names.
-        prompt: As given.
+        prompt: As given; several as a list.
         prompts: One text a class.
         negative_labels: As given, as a list; empty where there are none.
 
@@ -48,7 +48,7 @@ class ClassPrompts:
     ) -> None:
         self.classes = ClassNames.of(class_names)
         self.class_names = list(self.classes.names)
-        self.prompt = prompt
+        self.prompt = prompt if isinstance(prompt, str) else list(prompt)
         self.prompts = _prompts(prompt, self.class_names)
         self.negative_labels = _negative_labels(negative_labels, self.class_names, prompt)
         self._tokenizer = getattr(processor, "tokenizer", processor)

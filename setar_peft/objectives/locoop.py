@@ -72,7 +72,8 @@ class LoCoOpObjective(Objective):
         label_column: str | None = None,
     ) -> None:
         self._prompts = ClassPrompts(processor, class_names, prompt)
-        self.class_names, self.prompts, self.prompt = self._prompts.class_names, self._prompts.prompts, prompt
+        self.class_names, self.prompts = self._prompts.class_names, self._prompts.prompts
+        self.prompt = self._prompts.prompt
         self.ood_weight, self.top_k = _checked_loss(ood_weight, top_k, len(self.class_names))
         settings: dict[str, Any] = {
             "class_names": self._prompts.classes,
