@@ -19,9 +19,10 @@ from setar_peft.data.rows import Kind
 from setar_peft.data.sources import is_single, source_of, stream_of
 from setar_peft.detection.adapters import check_unchanged, state_of
 from setar_peft.detection.batched import Batched
+from setar_peft.detection.columns import Columns, nan_filled
 from setar_peft.detection.explain import Explanation, explanation_of_batch
 from setar_peft.detection.features import Outputs, Reader, outputs_of, reading
-from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
+from setar_peft.detection.record import Detection, Detections
 from setar_peft.detection.saving import HubDetector
 from setar_peft.detection.scores import chosen_score
 from setar_peft.detection.scoring import Reading, Score

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setar_peft.detection.columns import write_parquet
 from setar_peft.detection.figures import (
     Conventions,
     Difference,
@@ -32,6 +31,7 @@ from setar_peft.detection.tables import (
     known,
     row_values,
     score_label,
+    write_parquet,
 )
 from setar_peft.plots.report import write_page
 from setar_peft.versions import versions

@@ -267,7 +267,7 @@ def test_a_graph_that_differs_from_the_model_is_not_left_behind(
     def refused(said: str) -> None:
         with pytest.raises(ValueError, match=f"onnxruntime.*{said}.*nothing was written"):
             export(adapted, tmp_path / "new" / "model.onnx")
-        assert not list((tmp_path / "new").iterdir())
+        assert not (tmp_path / "new").exists()
 
     # What the base computes is not what the adapter computes.
     refused("score differs from the model's by up to")
