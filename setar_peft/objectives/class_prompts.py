@@ -107,13 +107,7 @@ class ClassPrompts:
                     f"{type(backbone.model).__name__} does not classify by texts, so that there is nothing to compare "
                     "with negative_labels; leave them out, or take a model like CLIP."
                 )
-            classes = backbone.class_weights(None)
-            if len(classes.weight) != len(self.class_names):
-                raise ValueError(
-                    f"The model has {len(classes.weight)} classes, class_names {len(self.class_names)}. Name every "
-                    "class that the model tells apart: class_names=model.config.id2label."
-                )
-            return classes
+            return backbone.class_weights(None)
         classes = backbone.class_weights(backbone.text_features(self.tokens(backbone)))
         if not self.negative_labels:
             return classes
@@ -126,11 +120,18 @@ class ClassPrompts:
         classes.check_order_of(self.classes, "the objective")
 
     def check_classes(self, backbone: Backbone) -> None:
-        """Raise a `ValueError` if a classifier's own classes are others, or in another order."""
-        if not backbone.needs_prompts:
-            own = ClassNames.of_model(getattr(backbone.model.config, "id2label", None))
-            if own is not None:
-                self.classes.check_order_of(own, "the model")
+        """Raise a `ValueError` if a classifier's own classes are others, of another number, or in another order."""
+        if backbone.needs_prompts:
+            return
+        own = ClassNames.of_model(getattr(backbone.model.config, "id2label", None))
+        if own is not None:
+            self.classes.check_order_of(own, "the model")
+        count = len(backbone.class_weights(None).weight)
+        if count != len(self.class_names):
+            raise ValueError(
+                f"The model has {count} classes, class_names {len(self.class_names)}. Name every class that the model "
+                "tells apart: class_names=model.config.id2label."
+            )
 
     def _tokenised(self, prompts: Sequence[str], backbone: Backbone) -> dict[str, Tensor]:
         if not callable(self._tokenizer) or hasattr(self._tokenizer, "preprocess"):
