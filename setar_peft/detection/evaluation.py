@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,11 @@ class _Candidate(NamedTuple):
     kind: Kind
     class_names: ClassNames
     prompt: str | Sequence[str] | None
+
+    def inputs(self, data: Any, batch_size: int, names: ClassNames | None = None) -> Inputs:
+        """Whatever a user has, as the model takes it; labelled where there are names, unless it is an `Inputs`."""
+        names = None if isinstance(data, Inputs) else names
+        return source_of(data, self.processor, self.kind, class_names=names, batch_size=batch_size)
 
 
 def evaluate(
@@ -131,19 +137,15 @@ def evaluate(
         else:
             default = chosen or chosen_scores(DEFAULT_SCORES, temperature)
             candidate = _of_model(one, variants, default, own_processor, given, prompt, negative_labels)
-
-        def source(data: Any, names: ClassNames | None = None, candidate: _Candidate = candidate) -> Inputs:
-            own = None if isinstance(data, Inputs) else names
-            return source_of(data, candidate.processor, candidate.kind, class_names=own, batch_size=batch_size)
-
         names = candidate.class_names if class_names is None else ClassNames.of(class_names)
-        all_sets[name] = {ID_SET: source(id_data, names if labelled else None)}
-        all_sets[name] |= {ood_set: source(data) for ood_set, data in ood_data.items()}
-        candidate = candidate._replace(subject=_with_fit_data(candidate.subject, fit_data, source, all_sets[name]))
-        for inputs in (all_sets[name][ID_SET], candidate.subject.fit_inputs):
+        id_inputs = candidate.inputs(id_data, batch_size, names if labelled else None)
+        fit_inputs = None if fit_data is None else candidate.inputs(fit_data, batch_size)
+        for inputs in (id_inputs, fit_inputs):
             if inputs is not None and inputs.classes is not None:
                 inputs.classes.check_order_of(candidate.class_names, "the model")
-        candidates[name] = candidate
+        candidates[name] = candidate._replace(subject=_with_fit_inputs(candidate.subject, fit_inputs, id_inputs))
+        ood_inputs = {ood_set: candidate.inputs(data, batch_size) for ood_set, data in ood_data.items()}
+        all_sets[name] = {ID_SET: id_inputs, **ood_inputs}
     processes = [Processes(next(one.subject.model.parameters()).device) for one in candidates.values()]
     folder = None if cache is None else Path(cache)
     total = sum(len(inputs) for sets in all_sets.values() for inputs in sets.values())
@@ -205,23 +207,21 @@ def _of_detector(
     return _Candidate(subject, detector.processor, detector.kind, names, detector.prompt)
 
 
-def _with_fit_data(
-    subject: Subject, fit_data: Any, source: Callable[[Any], Inputs], sets: Mapping[str, Inputs]
-) -> Subject:
+def _with_fit_inputs(subject: Subject, inputs: Inputs | None, id_inputs: Inputs) -> Subject:
     """The subject with what its scores are fitted on, which is no test data."""
     to_fit = [name for name, (score, _) in subject.scores.items() if score.needs_fit]
     if not to_fit:
-        if fit_data is not None:
+        if inputs is not None:
             raise ValueError(
                 f"None of the scores {', '.join(map(repr, subject.scores))} has to be fitted; leave fit_data out."
             )
         return subject
-    if fit_data is None:
+    if inputs is None:
         raise ValueError(
             f"The score {to_fit[0]!r} has to be fitted on ID data first; give fit_data, ID inputs that are none of the "
             "test data."
         )
-    inputs, tested = source(fit_data), set(sets[ID_SET].contents())
+    tested = set(id_inputs.contents())
     shared = sum(content in tested for content in inputs.contents())
     if shared == len(inputs):
         raise ValueError("fit_data are the test data; give other ID inputs, or the figures say too much.")
@@ -231,7 +231,7 @@ def _with_fit_data(
             UserWarning,
             stacklevel=3,
         )
-    return Subject(subject.model, subject.adapters, subject.classes, subject.scores, inputs)
+    return replace(subject, fit_inputs=inputs)
 
 
 @contextmanager
