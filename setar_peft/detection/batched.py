@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from setar_peft.detection.adapters import active_adapters, state_of
-from setar_peft.detection.fingerprint import key_of
-from setar_peft.hub.digests import adapter_digest, model_digest, tensors_digest
+from setar_peft.hub.digests import adapter_digest, facts_digest, model_digest, tensors_digest
 from setar_peft.hub.processors import preprocessing_of
 from setar_peft.versions import __version__
 
@@ -137,7 +136,7 @@ def detector_digest(detector: Any) -> str:
     values, tensors = score.state()
     known = processor is None or hasattr(processor, "save_pretrained")
     named = detector.class_weights.tensors() | {f"score.{key}": tensor for key, tensor in tensors.items()}
-    return key_of(
+    return facts_digest(
         version=__version__,
         weights=_weights(detector.model),
         tensors=tensors_digest(named),

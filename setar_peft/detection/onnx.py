@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from setar_peft.backbones import ClassWeights
 from setar_peft.data.sources import source_of
 from setar_peft.detection.detector import OODDetector
-from setar_peft.detection.onnx_graph import DetectorGraph, Outputs
+from setar_peft.detection.onnx_graph import DetectorGraph, GraphOutputs
 from setar_peft.detection.scoring import Score
 from setar_peft.hub.processors import preprocessing_of
 from setar_peft.versions import versions
@@ -250,14 +250,14 @@ def _batches(graph: DetectorGraph) -> Iterator[dict[str, Tensor]]:
         yield from (inputs, alone)
 
 
-def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[Outputs]:
+def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[GraphOutputs]:
     """What onnxruntime makes of the batches."""
     import onnxruntime
 
     feeds = ({name: value.numpy() for name, value in batch.items()} for batch in batches)
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return [Outputs(*map(torch.from_numpy, session.run(Outputs._fields, feed))) for feed in feeds]
+        return [GraphOutputs(*map(torch.from_numpy, session.run(GraphOutputs._fields, feed))) for feed in feeds]
     except Exception as error:  # of a dozen classes of its own
         raise ValueError(
             f"onnxruntime {onnxruntime.__version__} does not run the graph, so that nothing was written: "
@@ -266,14 +266,14 @@ def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[Outputs]:
 
 
 def _compared(
-    expected: Sequence[Outputs], actual: Sequence[Outputs], threshold: Tensor, tolerance: float
+    expected: Sequence[GraphOutputs], actual: Sequence[GraphOutputs], threshold: Tensor, tolerance: float
 ) -> tuple[int, float, float, float, int]:
     """All of `OnnxCheck` between the files and what is carried.
 
     Raises:
         ValueError: If the outputs are further apart than the tolerance, or decide otherwise than it explains.
     """
-    theirs, ours = (Outputs(*map(torch.cat, zip(*outputs, strict=True))) for outputs in (expected, actual))
+    theirs, ours = (GraphOutputs(*map(torch.cat, zip(*outputs, strict=True))) for outputs in (expected, actual))
     apart, ranges, allowed = {}, {}, {}
     for name in ("score", "logits"):
         wanted, given = getattr(theirs, name), getattr(ours, name)

@@ -19,7 +19,7 @@ from setar_peft.backbones import Backbone, ClassWeights, backbone_of, base_of, n
 from setar_peft.detection.scoring import Score
 
 
-class Outputs(NamedTuple):
+class GraphOutputs(NamedTuple):
     """What a graph gives.
 
     Attributes:
@@ -40,7 +40,7 @@ LARGEST_FILE = 2**31 - 2**26
 
 
 class DetectorGraph(nn.Module):
-    """Inputs, by position, to `Outputs`; with a copy of the model, in float32 on the CPU.
+    """Inputs, by position, to `GraphOutputs`; with a copy of the model, in float32 on the CPU.
 
     Args:
         model: A stock model of a known family, or one with adapters.
@@ -94,8 +94,8 @@ class DetectorGraph(nn.Module):
         exact = nearest if float(nearest) >= threshold else np.nextafter(nearest, np.float32(np.inf))
         self.register_buffer("threshold", torch.tensor(exact))
 
-    def forward(self, *values: Tensor) -> Outputs:
-        """Outputs of inputs in the order of the example's."""
+    def forward(self, *values: Tensor) -> GraphOutputs:
+        """GraphOutputs of inputs in the order of the example's."""
         dtype = next(self.model.parameters()).dtype
         inputs = {
             name: value.to(dtype) if value.is_floating_point() else value
@@ -104,7 +104,7 @@ class DetectorGraph(nn.Module):
         features = self.backbone.embedded(self.backbone.image_features(inputs, layers=self.score.needs_layers))
         logits = self.classes.logits_of(features, local=self.score.needs_local)
         score = self.score(logits, features, **self.settings)
-        return Outputs(score, score >= self.threshold, logits.pooled.argmax(-1), logits.pooled)
+        return GraphOutputs(score, score >= self.threshold, logits.pooled.argmax(-1), logits.pooled)
 
     def merge(self, dtype: torch.dtype) -> None:
         """Merge the active adapters, in float32, and have the model compute in the dtype.
@@ -144,7 +144,7 @@ class DetectorGraph(nn.Module):
                 exported: Any = torch.onnx.export(
                     program,
                     input_names=list(self.example),
-                    output_names=list(Outputs._fields),
+                    output_names=list(GraphOutputs._fields),
                     dynamic_shapes=(tuple(names for _ in values),),
                     dynamo=True,
                     verbose=False,

@@ -14,10 +14,9 @@ from setar_peft.backbones import ClassWeights, ImageFeatures, base_of
 from setar_peft.data.inputs import Inputs
 from setar_peft.detection.adapters import AS_IT_IS, active_adapters
 from setar_peft.detection.cache import DamagedError, SetCache, say_damaged
-from setar_peft.detection.cache_keys import key_of_set, keys_of_scores
+from setar_peft.detection.cache_keys import fingerprints, key_of_set, keys_of_scores
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.figures import ModelScores, SetScores
-from setar_peft.detection.fingerprint import fingerprints
 from setar_peft.detection.scoring import Reading, Score, ScoresInUse
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.processes import Processes

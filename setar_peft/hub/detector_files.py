@@ -18,6 +18,7 @@ from torch import Tensor
 
 from setar_peft.backbones import ClassWeights
 from setar_peft.hub.detector_schema import AGAIN, FORMAT, check_document, check_plain
+from setar_peft.hub.digests import facts_digest
 from setar_peft.tuner.adapter_file import file_digest
 from setar_peft.writing import whole_files
 
@@ -296,8 +297,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _own_digest(document: Mapping[str, Any]) -> str:
-    values = {key: value for key, value in document.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return facts_digest(**{key: value for key, value in document.items() if key != "sha256"})
 
 
 def _digests(folder: Path) -> dict[str, str]:
