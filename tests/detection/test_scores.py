@@ -318,7 +318,7 @@ def test_every_score_is_named_once() -> None:
         if function.__module__ == scores.__name__ and not name.startswith("_")
     }
     public |= {neglabel.__name__}
-    assert public - {"score", "find_score", "chosen_scores", "register_score"} == set(SCORES)
+    assert public - {"score", "find_score", "chosen_score", "chosen_scores", "register_score"} == set(SCORES)
     for name, entry in SCORES.items():
         assert entry.function is getattr(scores, name)
         assert find_score(entry.function) is entry
