@@ -38,22 +38,22 @@ def fingerprints(model: nn.Module, adapters: dict[str, str | None]) -> dict[str,
         named = [] if adapter is None else active_adapters(model) if adapter == AS_IT_IS else [adapter]
         found[variant] = facts_digest(
             type=type(base).__qualname__,
-            config=base.config.to_dict() if hasattr(base, "config") else None,
-            attention=getattr(getattr(base, "config", None), "_attn_implementation", None),
+            config=base.config.to_dict(),
+            attention=getattr(base.config, "_attn_implementation", None),
             weights=weights,
             adapters=[[name, configs[name].to_dict(), adapter_digest(model, name)] for name in named],
         )
     return found
 
 
-def key_of_set(model_digest: str, inputs_digest: str, batch_size: int, device: str) -> str:
-    """The key of a set as one model reads it.
+def key_of_set(model: str, inputs: str, batch_size: int, device: str) -> str:
+    """The key of a set as one model reads it, from the digests of both.
 
     The batch size is in it, as it moves the last digits: what a cache gives is what was computed, to the bit.
     """
     return facts_digest(
-        model=model_digest,
-        inputs=inputs_digest,
+        model=model,
+        inputs=inputs,
         batch_size=batch_size,
         device=device,
         autocast=torch.is_autocast_enabled(device),

@@ -59,7 +59,7 @@ class Subject:
         parameter = next(self.model.parameters())
         return {
             "type": type(base).__name__,
-            "base": str(getattr(getattr(base, "config", None), "_name_or_path", "")) or None,
+            "base": base.name_or_path or None,
             "adapter": adapter or None,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": parameter.device.type,
