@@ -24,7 +24,7 @@ from setar_peft.cli.options import (
 from setar_peft.cli.progress import watched
 from setar_peft.data.sources import source_of
 from setar_peft.detection.detector import OODDetector
-from setar_peft.tuner.export import whole_folder
+from setar_peft.writing import whole_folder
 
 _DETECTOR = inspect.signature(OODDetector).parameters
 _FIT = inspect.signature(OODDetector.fit).parameters

@@ -66,7 +66,7 @@ def classes_of(model: Any, data: Path, classes: Path | None, *, said: bool = Tru
     Raises:
         ValueError: If there are none, or they are not the model's.
     """
-    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
+    backbone = backbone_of(model)
     own = None if backbone.needs_prompts else backbone.model.config.id2label
     if classes is None and own is None and not any(path.is_dir() for path in _entries(data)):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -181,6 +181,10 @@ class Score:
                 f"The score {self.name!r} reads what is not there: {listed}. {how}, or take a score that does without."
             )
         return read
+
+
+# Name -> the score, and its settings: those that were given, or in full.
+ScoresInUse: TypeAlias = Mapping[str, tuple[Score, Mapping[str, Any]]]
 
 
 def _parameters(function: Callable[..., Tensor], name: str) -> Mapping[str, inspect.Parameter]:

@@ -20,6 +20,7 @@ from setar_peft.detection.fusion import LayerFusion
 from setar_peft.detection.scores import SCORES, chosen_scores, find_score, mcm, register_score, score
 from setar_peft.detection.scoring import READABLE, Reading, Score
 from tests.detection.pictures import pictures
+from tests.refusals import message_of
 
 
 @pytest.fixture
@@ -53,12 +54,6 @@ def margin(global_logits: Tensor, temperature: Tensor | float = 1.0) -> Tensor:
 
 def made(of: str) -> Score:
     return Score(margin, name=f"family:{of}")
-
-
-def message_of(function: Any, *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
-        function(*args, **kwargs)
-    return str(raised.value)
 
 
 def test_a_function_is_a_score(logits: Logits) -> None:
