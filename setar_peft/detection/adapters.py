@@ -38,7 +38,7 @@ def check_adapters(model: nn.Module, adapters: Collection[str | None]) -> None:
     unknown = [name for name in wanted if name is not None and name not in known]
     if unknown:
         raise ValueError(f"The model has no adapter {unknown[0]!r}; it has {', '.join(map(repr, known))}.")
-    merged = [name for name, layer in _adapted(model) if getattr(layer, "merged", False)]
+    merged = [name for name, layer in adapted_modules(model) if getattr(layer, "merged", False)]
     if merged:
         raise ValueError(
             f"Adapters are merged into {len(merged)} layers, such as {merged[0]}, so that they cannot be switched; "
@@ -78,7 +78,7 @@ def blocks_below_adapters(backbone: Backbone) -> int:
     """How many blocks at the bottom of the input tower compute the same with every adapter and with none."""
     top = len(backbone.towers[backbone.input_tower].blocks) - 1
     lowest = top
-    for name, layer in _adapted(backbone.model):
+    for name, layer in adapted_modules(backbone.model):
         if not _changes_nothing(layer):
             try:
                 where = backbone.locate(name)
@@ -89,28 +89,8 @@ def blocks_below_adapters(backbone: Backbone) -> int:
     return lowest
 
 
-def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What tells whether a model computes as before: how often each of its tensors was written, and its adapters."""
-    tensors = [*model.parameters(), *model.buffers()]
-    versions = tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
-    adapters = tuple(
-        (name, tuple(layer.active_adapters), bool(layer.disable_adapters), tuple(getattr(layer, "merged_adapters", ())))
-        for name, layer in _adapted(model)
-    )
-    return versions, adapters
-
-
-def check_unchanged(model: nn.Module, state: tuple[Any, ...]) -> None:
-    """Raise a `ValueError` unless a model computes as when `state_of` gave a state."""
-    if state_of(model) != state:
-        raise ValueError(
-            "The model has been changed since the detector was made (its weights, or which adapters are active or "
-            "merged), so that neither its class prompts nor its threshold are the model's. Make a new detector and fit "
-            "it."
-        )
-
-
-def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and modules that PEFT has put adapters into."""
     for name, module in model.named_modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             yield name, module

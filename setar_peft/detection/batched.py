@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from setar_peft.detection.adapters import active_adapters, state_of
+from setar_peft.detection.adapters import active_adapters, adapted_modules
+from setar_peft.detection.model_state import adapters_of, records_of
 from setar_peft.hub.digests import adapter_digest, facts_digest, model_digest, tensors_digest
 from setar_peft.hub.processors import preprocessing_of
 from setar_peft.versions import __version__
@@ -148,9 +149,9 @@ def detector_digest(detector: Any) -> str:
 
 
 def _weights(model: nn.Module) -> list[str]:
-    state = state_of(model)
+    state = records_of(model), adapters_of(model)
     if _KNOWN.get(model, (None,))[0] != state:
-        if any(merged for *_, merged in state[1]):
+        if any(getattr(layer, "merged", False) for _, layer in adapted_modules(model)):
             digests = [tensors_digest(model.state_dict())]
         else:
             digests = [model_digest(model), *(adapter_digest(model, name) for name in active_adapters(model))]

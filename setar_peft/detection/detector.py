@@ -17,11 +17,11 @@ from setar_peft.data.inputs import Inputs
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.rows import Kind
 from setar_peft.data.sources import is_single, source_of, stream_of
-from setar_peft.detection.adapters import check_unchanged, state_of
 from setar_peft.detection.batched import Batched
 from setar_peft.detection.columns import Columns, nan_filled
 from setar_peft.detection.explain import Explanation, explanation_of_batch
 from setar_peft.detection.features import Outputs, Reader, outputs_of, reading
+from setar_peft.detection.model_state import ModelState
 from setar_peft.detection.record import Detection, Detections
 from setar_peft.detection.saving import HubDetector
 from setar_peft.detection.scores import chosen_score
@@ -39,7 +39,8 @@ class OODDetector(HubDetector):
 
     Args:
         model: A stock model of a known family, or a PEFT model, whose active adapters compute. The class prompts are
-            encoded here, once: a model that is changed afterwards is refused.
+            encoded here, once: a model that is changed afterwards is refused (see
+            `setar_peft.detection.model_state.ModelState` for what is seen, and when).
         processor: The model's processor, or the image processor or tokenizer alone where nothing else is needed.
         class_names: Names of the in-distribution classes; by default a classifier's own.
         score: A name out of `setar_peft.detection.scores.SCORES`, a `Score`, a function (see `Score`), or a name with
@@ -108,7 +109,7 @@ class OODDetector(HubDetector):
         self.class_names = self._prompts.class_names
         self.threshold: Threshold | None = None
         self.id_scores: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
-        self._model_state = state_of(model)
+        self._model_state = ModelState(model)
         self.folder: Path | None = None
         self._lost_threshold = ""
 
@@ -126,6 +127,7 @@ class OODDetector(HubDetector):
             ValueError: If an input cannot be read, a score is not finite, or the level is outside its range. The
                 detector is then as it was.
         """
+        self._model_state.check(self.model, thorough=True)
         inputs = self._inputs(id_data)
         score = self._unfitted_score
         if score.needs_fit:
@@ -291,7 +293,7 @@ class OODDetector(HubDetector):
         Raises:
             ValueError: If the model is another than it was made with.
         """
-        check_unchanged(self.model, self._model_state)
+        self._model_state.check(self.model)
         device = next(self.model.parameters()).device
         if self._bank.weight.device != device:
             self._bank = self._bank.to(device)

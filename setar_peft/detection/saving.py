@@ -22,13 +22,13 @@ from setar_peft.backbones.loading import torch_device
 from setar_peft.data.inputs import checked_batch_size
 from setar_peft.data.labels import ClassNames
 from setar_peft.data.rows import Kind
-from setar_peft.detection.adapters import check_unchanged
 from setar_peft.detection.detector_model import (
     ModelFacts,
     check_nothing_is_lost,
     load_detector_model,
     save_detector_model,
 )
+from setar_peft.detection.model_state import ModelState
 from setar_peft.detection.scores import chosen_score, find_score
 from setar_peft.detection.scoring import Score
 from setar_peft.detection.threshold import Threshold
@@ -71,7 +71,7 @@ class HubDetector(ModelHubMixin):
     _score: Score
     _unfitted_score: Score
     _bank: ClassWeights
-    _model_state: tuple[Any, ...]
+    _model_state: ModelState
     # Why the threshold that was saved does not hold, in brackets.
     _lost_threshold: str
 
@@ -284,7 +284,7 @@ class HubDetector(ModelHubMixin):
         return detector
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        check_unchanged(self.model, self._model_state)
+        self._model_state.check(self.model, thorough=True)
         facts = ModelFacts.of(self.model)
         preprocessing = preprocessing_of(self.processor, self.kind)
         save_detector_model(self.model, save_directory)
