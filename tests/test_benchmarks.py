@@ -38,6 +38,17 @@ def test_search_cost(tmp_path: Path) -> None:
     assert passes["replay"] < passes["full"] / 2
 
 
+def test_detection(tmp_path: Path) -> None:
+    options = ["--shape", "tiny", "--classes", "5", "--images", "4", "--rounds", "2", "--memory-images", "10"]
+    printed = run("detection", *options, "--json", str(tmp_path / "detection.json"))
+    figures = json.loads((tmp_path / "detection.json").read_text())
+    assert printed.count("of the bare forward's throughput (goal: at least 0.9)") == 2
+    assert len(figures["ratios"]) == 5
+    assert all(value > 0 for value in figures["ratios"].values())
+    assert all(len(rounds) == 2 for rounds in figures["seconds"].values())
+    assert set(figures["peak_gibibytes"]) in (set(), {"10", "50"})
+
+
 def test_search_gpu_on_a_cpu(tmp_path: Path) -> None:
     file = tmp_path / "search.json"
     options = ["--device", "cpu", "--precision", "bfloat16", "--batch-size", "3", "--runs", "3", "--profile"]

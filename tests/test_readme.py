@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/detection.md, run as it stands, in a folder that has what it names."""
+"""The Python of the README and of the pages on detectors, run as it stands, in a folder that has what it names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner
 
+from setar_peft import SeTARConfig
 from setar_peft.backbones.loading import load_model, load_processor
 from setar_peft.cli import app
 from setar_peft.detection.threshold import Threshold
@@ -25,7 +27,11 @@ README, DETECTION = ROOT / "README.md", ROOT / "docs" / "detection.md"
 CASES = GOLDEN / "cases"
 CLIP = "openai/clip-vit-base-patch16"
 # What needs more classes than the test has, and the Hub.
-STAND_INS = {"top_k=300": "top_k=2", 'peft_model.push_to_hub("you/clip-setar-imagenet")': ""}
+STAND_INS = {
+    "top_k=300": "top_k=2",
+    'peft_model.push_to_hub("you/clip-setar-imagenet")': "",
+    'detector.push_to_hub("you/street-detector")': "",
+}
 # The interval of few images is said elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore:24 ID inputs are few:UserWarning")
 
@@ -90,11 +96,19 @@ def test_the_python_of_the_page_on_detection_runs(here: Path, capsys: pytest.Cap
     result = CliRunner().invoke(app, fit)
     assert result.exit_code == 0, result.output
     names = run(DETECTION, {})
-    assert (here / "why.png").is_file()
     assert names["records"][1].error.startswith("nowhere.jpg cannot be read")
     assert names["scored"].num_rows == 5
     assert set(names["pipe"].detector.class_names) == set(read_json(CASES / "folders.json").values())
     assert "textures" in capsys.readouterr().out
+
+
+def test_the_python_of_the_page_on_saved_detectors_runs(here: Path) -> None:
+    model = load_model(CLIP)
+    adapted = get_peft_model(model, SeTARConfig(rank_ratios={"vision_model.encoder.layers.1.mlp.fc1": 0.5}))
+    names = {"peft_model": adapted, "processor": load_processor(CLIP, model), "class_names": ["cat", "dog", "red car"]}
+    run(ROOT / "docs" / "detector.md", names)
+    assert (here / "street-detector" / "adapter_model.safetensors").is_file()
+    assert (here / "why.png").is_file()
 
 
 def test_the_intervals_of_a_threshold_are_right() -> None:

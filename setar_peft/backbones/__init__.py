@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +39,7 @@ __all__ = [
     "TowerInput",
     "TowerState",
     "backbone_of",
+    "base_of",
     "default_target_modules",
     "model_classes",
     "named_inputs",
@@ -61,15 +63,21 @@ _BACKBONES: dict[str, type[Backbone]] = {
 }
 
 
+def base_of(model: nn.Module) -> Any:
+    """The model beneath PEFT's wrapper, with the adapters' layers in it; a model without a wrapper itself."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
 def backbone_of(model: nn.Module) -> Backbone:
     """The backbone of a model.
 
     Args:
-        model: A stock transformers model.
+        model: A stock transformers model, or a PEFT model around one.
 
     Raises:
         ValueError: If its family is not known, or it is another kind of model of that family.
     """
+    model = base_of(model)
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     advice = "Give a callable objective `model -> float`, which works for any model."
     if model_type not in _BACKBONES:

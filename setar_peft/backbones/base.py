@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -247,6 +247,11 @@ class Backbone(ABC):
         """Class prompts encoded at once unless somebody says otherwise: below this many a GPU waits for launches."""
         return 1024 if self.device.type == "cuda" else 256
 
+    @property
+    def kind(self) -> Literal["image", "text"]:
+        """What is classified."""
+        return "text" if self.input_tower == "text" else "image"
+
     @classmethod
     def default_targets(cls) -> set[str]:
         """W_up, as PEFT's `target_modules` names it."""
@@ -330,14 +335,9 @@ class Backbone(ABC):
             ValueError: If the prompts have a length that the model was not trained with.
         """
         tower, device = self.towers["text"], self.device
-        batch_size = batch_size or self.prompts_at_once
-        count = len(tokens["input_ids"])
-        return torch.cat(
-            [
-                tower.features({key: value[start : start + batch_size].to(device) for key, value in tokens.items()})[0]
-                for start in range(0, count, batch_size)
-            ]
-        )
+        batches = range(0, len(tokens["input_ids"]), size := batch_size or self.prompts_at_once)
+        parts = ({key: value[start : start + size].to(device) for key, value in tokens.items()} for start in batches)
+        return torch.cat([tower.features(part)[0] for part in parts])
 
     def logits(self, inputs: Tensor | Mapping[str, Tensor], classes: ClassWeights) -> Logits:
         """Global and local logits of images or texts.

@@ -49,6 +49,12 @@ class ClassWeights(NamedTuple):
     scale: Tensor | float = 1.0
     negative: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of it by name; a scale that is a plain number as a float64, which tells it from a tensor."""
+        scale = torch.as_tensor(self.scale, dtype=None if isinstance(self.scale, Tensor) else torch.float64)
+        parts = self._replace(scale=scale)._asdict()
+        return {name: part for name, part in parts.items() if part is not None}
+
     def to(self, device: torch.device) -> ClassWeights:
         """The same on a device."""
         weight, bias, scale, negative = (part.to(device) if isinstance(part, Tensor) else part for part in self)

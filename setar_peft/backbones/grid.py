@@ -44,7 +44,7 @@ def grid_of(inputs: Mapping[str, Tensor], patch: tuple[int, int], *, padded: boo
     return PatchGrid(rows, columns, *patch)
 
 
-def picture_of(inputs: Mapping[str, Tensor], grid: PatchGrid) -> Tensor:
+def image_pixels(inputs: Mapping[str, Tensor], grid: PatchGrid) -> Tensor:
     """The pixel values of one image, (channels, height, width).
 
     Args:

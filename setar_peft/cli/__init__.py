@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +40,9 @@ class _Commands(typer.core.TyperGroup):
         return _Unloaded(cmd_name, help=described, rich_markup_mode="markdown")
 
     def invoke(self, ctx: Any) -> Any:
+        plain = warnings.formatwarning
+        # What is said, and not where in the code.
+        warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # whoever reads has seen enough, as in `setar detect ... | head`
@@ -46,6 +50,8 @@ class _Commands(typer.core.TyperGroup):
         except (ValueError, OSError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
+        finally:
+            warnings.formatwarning = plain
 
 
 def _module_name(command: str) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import track
 
 from setar_peft.backbones.loading import torch_device
 from setar_peft.cli.options import Device
+from setar_peft.cli.progress import shown
 from setar_peft.data.files import is_url
 from setar_peft.data.folders import read_folder
 from setar_peft.data.text_files import TEXT_SUFFIXES, read_texts
@@ -72,7 +72,7 @@ def detect(
     if threshold is not None or tpr is not None:
         found.at(threshold=threshold, tpr=tpr)
     data = _images(inputs) if found.kind == "image" else _texts(inputs)
-    records = _shown(found.stream(data, top_k=top_k), len(data))
+    records = shown(found.stream(data, top_k=top_k), len(data), "detecting")
     if as_json:
         decided = Detections(list(_printed(records)))
         typer.echo(decided.summary(), err=True)
@@ -107,12 +107,6 @@ def _texts(inputs: Iterable[str]) -> list[str]:
     return texts
 
 
-def _shown(records: Iterator[Detection], total: int) -> Iterator[Detection]:
-    """The records, with a progress bar on a terminal's standard error."""
-    console = Console(stderr=True)
-    return iter(track(records, "detecting", total, console=console, transient=True, disable=not console.is_terminal))
-
-
 def _printable(text: str) -> str:
     """Text as standard output takes it: a file's name may hold bytes that are no characters, and become escapes."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -120,8 +114,8 @@ def _printable(text: str) -> str:
 
 
 def _printed(records: Iterable[Detection]) -> Iterator[Detection]:
-    """The records as lines of JSON, each as soon as it is there, and without what the summary does not need."""
+    """The records, printed as lines of JSON as soon as they are there; what is kept is what a summary needs."""
     for record in records:
         line = json.dumps(record.to_dict(), ensure_ascii=False, allow_nan=False)
         typer.echo(line if _printable(line) == line else json.dumps(record.to_dict(), allow_nan=False))
-        yield record
+        yield replace(record, id="", label=None, top=())

@@ -11,7 +11,6 @@ from typing import Annotated, Any, get_args
 import typer
 from peft import PeftModel
 
-from setar_peft import plots
 from setar_peft.cli.adapters import BaseName
 from setar_peft.cli.models import classes_of, is_adapter, is_detector, load_named
 from setar_peft.cli.options import (
@@ -30,6 +29,7 @@ from setar_peft.detection.detector import OODDetector
 from setar_peft.detection.metrics import Positive, ThresholdRule
 from setar_peft.detection.result import Evaluation
 from setar_peft.objectives.class_prompts import PROMPT
+from setar_peft.plots import check_matplotlib
 from setar_peft.processes import Processes
 
 _EVALUATE = inspect.signature(evaluation.evaluate).parameters
@@ -149,7 +149,7 @@ def evaluate(
         else:
             where, weights_dtype = stack.enter_context(computing(device, dtype or "float32"))
             measured, settings["processor"] = load_named(model, base, where, weights_dtype)
-            settings["class_names"] = classes_of(measured, images, classes)
+            settings["class_names"] = classes_of(measured, images, classes, said=Processes(where).is_first)
             settings["negative_labels"] = negative_labels
             settings["prompt"] = PROMPT if prompt is None else prompt
             if adapter:
@@ -175,7 +175,7 @@ def _check_outputs(files: dict[str, Path | None], *, drawn: bool) -> None:
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"{option} is {file}, and there is no folder {file.parent}; make it first.")
     if drawn:
-        plots.check_matplotlib()
+        check_matplotlib()
 
 
 def _has_folders(path: Path) -> bool:
@@ -221,13 +221,7 @@ def _with_adapters(name: str, model: Any, adapters: dict[str, Path]) -> tuple[Pe
 
 def _plot(result: Evaluation, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    conventions = result.conventions
-    convention = plots.Convention(conventions.positive, conventions.threshold_rule, conventions.tpr)
-    for score in next(iter(result.models.values())).settings:
-        values = {
-            name: {set_name: images.scores[score] for set_name, images in model.sets.items()}
-            for name, model in result.models.items()
-        }
+    for score in result.scores:
         safe = score.replace(":", "_").replace("/", "_")
-        plots.score_figure(values, score, convention=convention).savefig(folder / f"{safe}-histograms.png", dpi=150)
-        plots.roc_figure(values, score, convention=convention).savefig(folder / f"{safe}-roc.png", dpi=150)
+        for name, figure in result.curves(score)._asdict().items():
+            figure.savefig(folder / f"{safe}-{name}.png", dpi=150)

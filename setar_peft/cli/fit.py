@@ -21,8 +21,10 @@ from setar_peft.cli.options import (
     Temperature,
     computing,
 )
+from setar_peft.cli.progress import watched
+from setar_peft.data.sources import source_of
 from setar_peft.detection.detector import OODDetector
-from setar_peft.tuner.export import whole_folder
+from setar_peft.writing import whole_folder
 
 _DETECTOR = inspect.signature(OODDetector).parameters
 _FIT = inspect.signature(OODDetector.fit).parameters
@@ -78,5 +80,6 @@ def fit(
             negative_labels=negative_labels,
             batch_size=batch_size,
         )
-        detector.fit(images, tpr).save_pretrained(folder)
+        held_out = source_of(images, processor, detector.kind, batch_size=batch_size)
+        detector.fit(watched(held_out, "scoring"), tpr).save_pretrained(folder)
     typer.echo(f"{detector}\nWrote {output}. Decide with: setar detect {output} <images>")

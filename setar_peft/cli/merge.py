@@ -9,7 +9,7 @@ import typer
 
 from setar_peft.backbones.loading import torch_device
 from setar_peft.cli.adapters import AdapterName, BaseName, load_adapter
-from setar_peft.tuner.export import whole_folder
+from setar_peft.writing import whole_folder
 
 
 def merge(

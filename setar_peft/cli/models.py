@@ -54,18 +54,19 @@ def load_named(name: str, base: str | None, device: torch.device, dtype: torch.d
     return model.to(device).eval(), load_processor(str(processor_name), stock)
 
 
-def classes_of(model: Any, data: Path, classes: Path | None) -> ClassNames:
-    """The in-distribution classes, said on standard error: by a file, the model, or the subfolders of the data.
+def classes_of(model: Any, data: Path, classes: Path | None, *, said: bool = True) -> ClassNames:
+    """The in-distribution classes: by a file, the model, or the subfolders of the data.
 
     Args:
         model: A stock model or a PEFT model.
         data: Folder of in-distribution images, or a file of texts.
         classes: As the option `--classes` has it.
+        said: Whether to say on standard error which they are.
 
     Raises:
         ValueError: If there are none, or they are not the model's.
     """
-    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
+    backbone = backbone_of(model)
     own = None if backbone.needs_prompts else backbone.model.config.id2label
     if classes is None and own is None and not any(path.is_dir() for path in _entries(data)):
         raise ValueError(
@@ -75,7 +76,8 @@ def classes_of(model: Any, data: Path, classes: Path | None) -> ClassNames:
     names = class_names_of(data, classes, own)
     whence = f"from {classes}" if classes else "the model's own" if own is not None else f"the subfolders of {data}"
     shown = ", ".join(names.names[:4]) + (", ..." if len(names.names) > 4 else "")
-    typer.echo(f"{len(names.names)} classes, {whence}: {shown}", err=True)
+    if said:
+        typer.echo(f"{len(names.names)} classes, {whence}: {shown}", err=True)
     return names
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from setar_peft.data.files import is_encoded, opened
-
-_ORIENTATION = 0x0112
 
 
 def digest_of(*parts: str | bytes) -> bytes:
@@ -51,7 +49,7 @@ def digest_of_image(image: Any) -> bytes:
                 digest.update(chunk)
         return digest_of("encoded", digest.digest())
     if isinstance(image, Image.Image):
-        picture = (image.mode, image.size, image.getpalette(), image.getexif().get(_ORIENTATION, 1))
+        picture = (image.mode, image.size, image.getpalette(), image.getexif().get(ExifTags.Base.Orientation, 1))
         return digest_of("picture", repr(picture), image.tobytes())
     if isinstance(image, Tensor):
         return digest_of_row({"image": image[None]}, 0)

@@ -10,12 +10,11 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from setar_peft.data.files import is_encoded, opened
 
-_ORIENTATION = 0x0112
 _DEEPEST = 255
 _START = 16  # bytes of a file that tell what it may be
 _DEEPEST_OF_16_BITS = 65535
@@ -116,7 +115,7 @@ def _of_picture(picture: Image.Image, channels: int) -> Image.Image:
     if not all(picture.size):
         raise ValueError(f"it has no pixels: {picture.width} x {picture.height}")
     # Asked first: the whole of `exif_transpose` costs a copy where there is nothing to turn.
-    upright = ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else picture
+    upright = ImageOps.exif_transpose(picture) if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1 else picture
     mode = upright.mode
     if mode == "F":
         upright = _of_array(np.asarray(upright))

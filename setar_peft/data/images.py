@@ -226,8 +226,13 @@ def _shapes(image: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], .
     return tuple((name, tuple(value.shape[1:])) for name, value in image.items())
 
 
-def picture_of(pixel_values: Tensor) -> Image.Image:
-    """Pixel values (1 or 3 channels, height, width) as a picture in RGB, scaled from their own range to 0 ... 255.
+def picture_of(pixel_values: Tensor, image_processor: Any = None) -> Image.Image:
+    """Pixel values (1 or 3 channels, height, width) as a picture in RGB.
+
+    Args:
+        pixel_values: One image's.
+        image_processor: What made them, whose normalisation is taken back; without one that normalises they are scaled
+            from their own range to 0 ... 255.
 
     Raises:
         ValueError: If they have another shape.
@@ -235,9 +240,16 @@ def picture_of(pixel_values: Tensor) -> Image.Image:
     if pixel_values.dim() != 3 or len(pixel_values) not in (1, 3):
         raise ValueError(f"pixel values of shape {tuple(pixel_values.shape)} are no picture")
     values = pixel_values.detach().float().cpu().nan_to_num()
-    low, high = values.aminmax()
-    scaled = ((values - low) / (high - low).clamp(min=1e-12) * 255).round().byte()
-    return Image.fromarray(scaled.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+    if getattr(image_processor, "do_normalize", False):
+        mean, std = (
+            torch.as_tensor(getattr(image_processor, name)).view(-1, 1, 1) for name in ("image_mean", "image_std")
+        )
+        values = (values * std + mean).clamp(0, 1)
+    else:
+        low, high = values.aminmax()
+        values = (values - low) / (high - low).clamp(min=1e-12)
+    pixels = (values * 255).round().byte().expand(3, -1, -1).permute(1, 2, 0)
+    return Image.fromarray(pixels.contiguous().numpy())
 
 
 def image_processor_of(processor: Any) -> Any:

@@ -137,9 +137,9 @@ class Inputs(ABC):
         """Every `count`-th input from place `index` on; it may be empty."""
         return self.select(range(index, len(self), count))
 
-    def batch_shard(self, index: int, count: int) -> Self:
-        """Every `count`-th batch from batch `index` on, each of the same inputs as in the whole; it may be empty."""
-        return self.select(place for part in self._parts()[index::count] for place in part)
+    def batch_places(self, index: int, count: int) -> list[int]:
+        """The places of every `count`-th batch from batch `index` on: `select` of them has the batches of the whole."""
+        return [place for part in self._parts()[index::count] for place in part]
 
     def digest(self) -> str:
         """SHA-256 of contents, labels, class names and preprocessing, in hexadecimal; contents are read one by one.

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 import torch.utils.data
 
+# What strings and bytes mean: paths of images, or texts.
+Kind = Literal["image", "text"]
+
 _USUAL = {"image": ("image", "img"), "text": ("text",), "label": ("label", "labels")}
 
 
@@ -35,7 +38,7 @@ class Rows:
 
 def rows_of(
     data: Any,
-    kind: Literal["image", "text"],
+    kind: Kind,
     input_column: str | None = None,
     label_column: str | None = None,
     *,

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch.utils.data
@@ -18,12 +18,11 @@ from setar_peft.data.files import is_encoded, is_url
 from setar_peft.data.images import ImageSource
 from setar_peft.data.inputs import Inputs, checked_batch_size
 from setar_peft.data.labels import ClassNames
-from setar_peft.data.rows import check_is_one_set, is_of_datasets
+from setar_peft.data.rows import Kind, check_is_one_set, is_of_datasets
 from setar_peft.data.streams import is_stream, streamed_rows
 from setar_peft.data.text_files import TEXT_SUFFIXES, read_texts
 from setar_peft.data.texts import NamedInputs
 
-Kind = Literal["image", "text"]
 _LISTS = frozenset({".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet"})
 _BATCHES_OF_A_STREAM = 4  # that are held at a time
 _NEGATIVES_SEEN = 64  # images in which a tensor is looked at for them

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch.utils.data
 
 from setar_peft.data.files import is_encoded
-from setar_peft.data.rows import Rows, is_of_datasets, local_image, undecoded, usual_columns
+from setar_peft.data.rows import Kind, Rows, is_of_datasets, local_image, undecoded, usual_columns
 
 
 def is_stream(data: Any) -> bool:
@@ -19,7 +19,7 @@ def is_stream(data: Any) -> bool:
     return isinstance(data, (Iterator, torch.utils.data.IterableDataset)) or is_of_datasets(data, "IterableDataset")
 
 
-def streamed_rows(data: Any, kind: Literal["image", "text"], input_column: str | None, count: int) -> Iterator[Rows]:
+def streamed_rows(data: Any, kind: Kind, input_column: str | None, count: int) -> Iterator[Rows]:
     """The inputs of a stream, without labels.
 
     Args:
@@ -78,7 +78,7 @@ def _taken(iterator: Iterator[Any], count: int) -> tuple[list[Any], Exception | 
     return items, None
 
 
-def _picker(first: Any, kind: Literal["image", "text"], column: str | None, in_tuples: bool) -> Callable[[Any], Any]:
+def _picker(first: Any, kind: Kind, column: str | None, in_tuples: bool) -> Callable[[Any], Any]:
     """From an item to the input in it, by what the first item is."""
     if isinstance(first, Mapping) and not (kind == "image" and is_encoded(first) and column is None):
         name = usual_columns(list(first), {kind: column}, {}, "The stream")[kind]

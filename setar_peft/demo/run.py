@@ -107,7 +107,7 @@ def run(
     result = DemoResult(evaluation, found.trace, found.rank_ratios, is_exact, difference, folder)
     _write_results(result, experiment, seconds)
     scores = {
-        title: {name: images.scores[FIGURE_SCORE] for name, images in evaluation.models[model].sets.items()}
+        title: evaluation.models[model].by_set(FIGURE_SCORE)
         for title, model in (("before", "base"), ("after", "SeTAR"))
     }
     label = evaluation.score_label(FIGURE_SCORE)

@@ -68,6 +68,12 @@ def adapter_in_use(model: Any, name: str | None) -> Iterator[None]:
             model.base_model.set_adapter(before)
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the adapters that compute, in whichever wrapper; none where they are disabled."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return list(dict.fromkeys(name for layer in layers if not layer.disable_adapters for name in layer.active_adapters))
+
+
 def blocks_below_adapters(backbone: Backbone) -> int:
     """How many blocks at the bottom of the input tower compute the same with every adapter and with none."""
     top = len(backbone.towers[backbone.input_tower].blocks) - 1

@@ -11,10 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from setar_peft.detection.adapters import adapted_modules
-from setar_peft.detection.fingerprint import active_adapters, key_of
+from setar_peft.detection.adapters import active_adapters, adapted_modules
 from setar_peft.detection.model_state import adapters_of, records_of
-from setar_peft.hub.digests import adapter_digest, model_digest, tensors_digest
+from setar_peft.hub.digests import adapter_digest, facts_digest, model_digest, tensors_digest
 from setar_peft.hub.processors import preprocessing_of
 from setar_peft.versions import __version__
 
@@ -146,14 +145,11 @@ def detector_digest(detector: Any) -> str:
     score, processor = detector.score, detector.processor
     values, tensors = score.state()
     known = processor is None or hasattr(processor, "save_pretrained")
-    bank = detector.class_weights
-    named = bank._replace(scale=torch.as_tensor(bank.scale))._asdict() | {
-        f"score.{key}": tensors[key] for key in tensors
-    }
-    return key_of(
+    named = detector.class_weights.tensors() | {f"score.{key}": tensor for key, tensor in tensors.items()}
+    return facts_digest(
         version=__version__,
         weights=_weights(detector.model),
-        tensors=tensors_digest({name: tensor for name, tensor in named.items() if tensor is not None}),
+        tensors=tensors_digest(named),
         classes=detector.class_names,
         preprocessing=preprocessing_of(processor, detector.kind) if known else Hasher.hash(processor),
         score=[detector.score_name, detector.settings, values, Hasher.hash(_code(score))],

@@ -18,8 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from setar_peft.detection.fingerprint import key_of
-from setar_peft.hub.digests import tensors_digest
+from setar_peft.hub.digests import facts_digest, tensors_digest
 from setar_peft.writing import whole_file
 
 # Inputs whose features go into one file.
@@ -158,4 +157,4 @@ def say_damaged(error: DamagedError) -> None:
 
 
 def _digest(tensors: Mapping[str, Tensor], said: str) -> str:
-    return key_of(tensors=tensors_digest(tensors), said=said)
+    return facts_digest(tensors=tensors_digest(tensors), said=said)

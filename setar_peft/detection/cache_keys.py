@@ -1,31 +1,59 @@
-"""What the figures that a cache keeps depend on, as plain values."""
+"""What features and figures that a cache keeps depend on, as digests."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from setar_peft.backbones import ClassWeights, backbone_of
+from setar_peft.backbones import ClassWeights, backbone_of, base_of
 from setar_peft.data.inputs import Inputs
-from setar_peft.decomposition import tensor_digest
-from setar_peft.detection.fingerprint import key_of
-from setar_peft.detection.scoring import Score
+from setar_peft.detection.adapters import AS_IT_IS, active_adapters
+from setar_peft.detection.scoring import Score, ScoresInUse
+from setar_peft.hub.digests import adapter_digest, facts_digest, model_digest, tensors_digest
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.versions import versions
 
 
-def key_of_set(model_digest: str, inputs_digest: str, batch_size: int, device: str) -> str:
-    """The key of a set as one model reads it.
+def fingerprints(model: nn.Module, adapters: dict[str, str | None]) -> dict[str, str]:
+    """By name of a variant, a digest of weights and configuration as one adapter of a model makes it compute.
+
+    Other adapters do not count, nor does a wrapper: the base of a PEFT model is the stock model. A forward that was
+    replaced by hand is not seen.
+
+    Args:
+        model: A stock model, or a PEFT model.
+        adapters: Name of a variant -> its adapter, None for the base without any, `AS_IT_IS` for those that are active.
+
+    Raises:
+        ValueError: If an adapter is merged, or a weight is not in memory.
+    """
+    base = base_of(model)
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    weights = model_digest(model)
+    found = {}
+    for variant, adapter in adapters.items():
+        named = [] if adapter is None else active_adapters(model) if adapter == AS_IT_IS else [adapter]
+        found[variant] = facts_digest(
+            type=type(base).__qualname__,
+            config=base.config.to_dict(),
+            attention=getattr(base.config, "_attn_implementation", None),
+            weights=weights,
+            adapters=[[name, configs[name].to_dict(), adapter_digest(model, name)] for name in named],
+        )
+    return found
+
+
+def key_of_set(model: str, inputs: str, batch_size: int, device: str) -> str:
+    """The key of a set as one model reads it, from the digests of both.
 
     The batch size is in it, as it moves the last digits: what a cache gives is what was computed, to the bit.
     """
-    return key_of(
-        model=model_digest,
-        inputs=inputs_digest,
+    return facts_digest(
+        model=model,
+        inputs=inputs,
         batch_size=batch_size,
         device=device,
         autocast=torch.is_autocast_enabled(device),
@@ -36,7 +64,7 @@ def key_of_set(model_digest: str, inputs_digest: str, batch_size: int, device: s
 def keys_of_scores(
     model: nn.Module,
     classes: ClassPrompts | ClassWeights,
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    scores: ScoresInUse,
     fit_inputs: Inputs | None,
 ) -> dict[str, str]:
     """Name -> key, of the scores that can be kept, and under "" of the predictions.
@@ -45,12 +73,12 @@ def keys_of_scores(
     """
     described = _classes(model, classes)
     fit = None if fit_inputs is None else fit_inputs.digest()
-    keys = {"": key_of(classes=described)}
+    keys = {"": facts_digest(classes=described)}
     for name, (score, given) in scores.items():
         identity = _identity(score)
         if identity is not None:
             data = fit if score.needs_fit else None
-            keys[name] = key_of(classes=described, score=identity, given=dict(given), fit=data)
+            keys[name] = facts_digest(classes=described, score=identity, given=dict(given), fit=data)
     return keys
 
 
@@ -65,15 +93,15 @@ def _identity(score: Score) -> Any:
     parts = _identity(inner) if isinstance(inner, Score) else []
     if parts is None:
         return None
-    digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-    return [type(score).__qualname__, getattr(score.function, "__qualname__", None), score.name, values, digests, parts]
+    function = getattr(score.function, "__qualname__", None)
+    return [type(score).__qualname__, function, score.name, values, tensors_digest(tensors), parts]
 
 
 def _classes(model: nn.Module, classes: ClassPrompts | ClassWeights) -> Any:
     """What the map from features to logits is made of; prompts are tokenised, and not encoded."""
     if isinstance(classes, ClassWeights):
-        return [None if tensor is None else tensor_digest(torch.as_tensor(tensor)) for tensor in classes]
-    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
+        return tensors_digest(classes.tensors())
+    backbone = backbone_of(model)
     tokens: dict[str, Any] = {}
     if backbone.needs_prompts:
         # It warns again where the prompts are encoded.

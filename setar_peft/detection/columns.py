@@ -1,72 +1,56 @@
-"""The scores of every image as a columnar file, for notebooks and tools that watch for drift."""
+"""What a detector gives of whole sets: columns with ids, for notebooks and tools that watch for drift."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from setar_peft.detection.figures import ModelScores, SetScores
 from setar_peft.writing import whole_file
 
-_COLUMNS = {
-    "model": "string",
-    "set": "string",
-    "id": "string",
-    "label": "int64",
-    "prediction": "int64",
-    "confidence": "float32",
-}
 
+@dataclass(frozen=True)
+class Columns:
+    """Figures of many inputs as columns.
 
-def write_parquet(path: str | os.PathLike[str], models: Mapping[str, ModelScores]) -> Path:
-    """Write model, set, id, label, prediction, confidence, and a column a score; whole or not at all.
-
-    Args:
-        path: The file, which is replaced if it is there.
-        models: The models' scores, all of the same names. Unknown labels and predictions are null.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: If its folder does not exist, or a score is called like another column.
+    Attributes:
+        ids: Path, URL or number of each input.
+        values: Name of a column -> one value an input, (n, ...). An input that could not be read has NaN, -1, or "".
+        errors: Id -> why the input could not be read.
     """
-    import datasets
-    import pyarrow.parquet
 
-    scores = list(next(iter(models.values())).settings)
-    taken = sorted(set(scores) & set(_COLUMNS))
-    if taken:
-        raise ValueError(f"A score is called {taken[0]!r}, as a column of its own is; give it another name.")
-    features = datasets.Features(
-        {name: datasets.Value(kind) for name, kind in (_COLUMNS | dict.fromkeys(scores, "float32")).items()}
-    )
-    with (
-        whole_file(path) as temporary,
-        pyarrow.parquet.ParquetWriter(temporary, features.arrow_schema) as writer,
-    ):
-        for model, scored in models.items():
-            for name, images in scored.sets.items():
-                part = datasets.Dataset.from_dict(_columns(model, name, images), features=features)
-                writer.write_table(part.data.table)
-    return Path(path)
+    ids: list[str]
+    values: Mapping[str, NDArray[Any]]
+    errors: Mapping[str, str]
 
+    def __len__(self) -> int:
+        return len(self.ids)
 
-def _columns(model: str, name: str, images: SetScores) -> dict[str, Any]:
-    return {
-        "model": [model] * len(images),
-        "set": [name] * len(images),
-        "id": list(images.ids),
-        "label": _known(images.labels),
-        "prediction": _known(images.predictions),
-        "confidence": images.confidence,
-        **images.scores,
-    }
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        if column not in self.values:
+            raise KeyError(f"There is no column {column!r}; there are {', '.join(map(repr, self.values))}.")
+        return self.values[column]
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write the columns, with the ids first and the errors last, to a Parquet file; whole or not at all.
+
+        Raises:
+            ValueError: If its folder does not exist.
+            OSError: If it cannot be written.
+        """
+        import datasets
+
+        columns = {name: list(value) if value.ndim > 1 else value for name, value in self.values.items()}
+        errors = [self.errors.get(name, "") for name in self.ids]
+        table = datasets.Dataset.from_dict({"id": self.ids, **columns, "error": errors})
+        with whole_file(path) as temporary:
+            table.to_parquet(str(temporary))
 
 
-def _known(indices: NDArray[Any]) -> list[int | None]:
-    return [None if index < 0 else index for index in indices.tolist()]
+def nan_filled(count: int, width: int | None = None) -> NDArray[np.float32]:
+    """An array of NaN, (count,) or (count, width), for inputs that could not be read."""
+    return np.full(count if width is None else (count, width), np.nan, dtype=np.float32)

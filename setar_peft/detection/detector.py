@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from setar_peft.backbones import ClassWeights, backbone_of
 from setar_peft.data.inputs import Inputs, checked_batch_size
 from setar_peft.data.labels import ClassNames
+from setar_peft.data.rows import Kind
 from setar_peft.data.sources import is_single, source_of, stream_of
 from setar_peft.detection.batched import Batched
+from setar_peft.detection.columns import Columns, nan_filled
 from setar_peft.detection.explain import Explanation, explanation_of_batch
 from setar_peft.detection.features import Outputs, Reader, outputs_of, reading
 from setar_peft.detection.model_state import ModelState
-from setar_peft.detection.record import Columns, Detection, Detections, nan_filled
+from setar_peft.detection.record import Detection, Detections
 from setar_peft.detection.saving import HubDetector
-from setar_peft.detection.scores import chosen_scores
+from setar_peft.detection.scores import chosen_score
 from setar_peft.detection.scoring import Reading, Score, check_temperature
 from setar_peft.detection.threshold import Threshold
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
@@ -76,15 +78,9 @@ class OODDetector(HubDetector):
         negative_labels: Any = None,
         batch_size: int = 64,
     ) -> None:
-        backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
-        if class_names is None:
-            class_names = None if backbone.needs_prompts else ClassNames.of_model(backbone.model.config.id2label)
-        if class_names is None:
-            raise ValueError(
-                f"{type(backbone.model).__name__} does not name its classes; give class_names, the in-distribution "
-                "classes" + ("." if backbone.needs_prompts else " in the order of the model's outputs.")
-            )
-        self._prompts = ClassPrompts(processor, class_names, prompt, negative_labels=negative_labels)
+        self._prompts = ClassPrompts.of_model(
+            backbone_of(model), processor, class_names, prompt, negative_labels=negative_labels
+        )
         self._start(model, processor, score, temperature, batch_size, None)
 
     def _start(
@@ -97,11 +93,8 @@ class OODDetector(HubDetector):
         bank: ClassWeights | None,
     ) -> None:
         """Set up all but the classes, which are there; their prompts are encoded unless the text bank is known."""
-        chosen = chosen_scores(score, temperature)
-        if len(chosen) > 1:
-            raise ValueError(f"score is {', '.join(map(repr, chosen))}; a detector decides by one.")
-        ((self.score_name, (self._score, given)),) = chosen.items()
-        self._unfitted_score = self._score
+        self._score, given = chosen_score(score, temperature)
+        self._unfitted_score, self.score_name = self._score, self._score.name
         self.model, self.processor, self.batch_size = model, processor, checked_batch_size(batch_size)
         with reading(model, self._prompts if bank is None else bank, layers=self._score.needs_layers) as reader:
             backbone = reader.backbone
@@ -112,7 +105,7 @@ class OODDetector(HubDetector):
             raise ValueError(
                 f"The score {self.score_name} compares with labels that are none of the classes; give negative_labels."
             )
-        self.kind: Literal["image", "text"] = "text" if backbone.input_tower == "text" else "image"
+        self.kind: Kind = backbone.kind
         self.prompt = self._prompts.prompt if backbone.needs_prompts else None
         self.class_names = self._prompts.class_names
         self.threshold: Threshold | None = None

@@ -15,8 +15,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import nn
 
-from setar_peft.backbones import model_classes
+from setar_peft.backbones import base_of, model_classes
 from setar_peft.backbones.loading import load_base
+from setar_peft.detection.adapters import active_adapters
 from setar_peft.hub.card import CARD_NAME
 from setar_peft.hub.detector_files import DETECTOR_NAME, DetectorFiles
 from setar_peft.hub.digests import adapter_digest, base_tensors, model_digest, tensors_digest
@@ -56,11 +57,6 @@ class ModelFacts(NamedTuple):
         )
 
 
-def base_of(model: Any) -> Any:
-    """A PEFT model's base; any other model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def active_adapter(model: Any) -> str | None:
     """The name of the one active adapter; None for a model without adapters.
 
@@ -75,7 +71,7 @@ def active_adapter(model: Any) -> str | None:
             "The model's adapters are switched off, so that it is not said whether the detector has one. Save or load "
             "it outside of disable_adapter(), or take the adapters out: model.unload()."
         )
-    names = sorted({name for layer in layers for name in layer.active_adapters})
+    names = sorted(active_adapters(model))
     if len(names) != 1:
         raise ValueError(
             f"The model has the active adapters {', '.join(names) or '(none)'}, and a detector is saved with one. "

@@ -10,32 +10,31 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
-from setar_peft.backbones import Backbone, backbone_of
+from setar_peft.backbones import backbone_of
 from setar_peft.data.inputs import Inputs
 from setar_peft.data.labels import ClassNames
-from setar_peft.data.sources import Kind, source_of
+from setar_peft.data.rows import Kind
+from setar_peft.data.sources import source_of
 from setar_peft.detection.adapters import AS_IT_IS
 from setar_peft.detection.detector import OODDetector
 from setar_peft.detection.figures import ID_SET, Conventions, ModelScores, check_set_names
 from setar_peft.detection.metrics import Positive, ThresholdRule
 from setar_peft.detection.passes import Errors, Passes, Subject
 from setar_peft.detection.result import Evaluation
-from setar_peft.detection.scores import chosen_scores
-from setar_peft.detection.scoring import Score
+from setar_peft.detection.scores import WantedScores, chosen_scores
+from setar_peft.detection.scoring import ScoresInUse
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 from setar_peft.processes import Processes
 
 DEFAULT_SCORES = ("mcm", "gl_mcm")
-
-# A name or function or `Score`, a list of them, or names with settings that differ from the paper's.
-Scores: TypeAlias = "str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]]"
 
 
 class _Candidate(NamedTuple):
@@ -47,12 +46,17 @@ class _Candidate(NamedTuple):
     class_names: ClassNames
     prompt: str | Sequence[str] | None
 
+    def inputs(self, data: Any, batch_size: int, names: ClassNames | None = None) -> Inputs:
+        """Whatever a user has, as the model takes it; labelled where there are names, unless it is an `Inputs`."""
+        names = None if isinstance(data, Inputs) else names
+        return source_of(data, self.processor, self.kind, class_names=names, batch_size=batch_size)
+
 
 def evaluate(
     model: nn.Module | OODDetector | Mapping[str, nn.Module | OODDetector],
     id_data: Any,
     ood_data: Mapping[str, Any],
-    scores: Scores | None = None,
+    scores: WantedScores | None = None,
     *,
     processor: Any = None,
     class_names: Sequence[str] | Mapping[Any, str] | ClassNames | None = None,
@@ -63,11 +67,11 @@ def evaluate(
     negative_labels: Any = None,
     fit_data: Any = None,
     batch_size: int = 64,
-    positive: Positive = "id",
-    threshold: ThresholdRule = "at_least",
-    tpr: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    positive: Positive = Conventions.positive,
+    threshold: ThresholdRule = Conventions.threshold_rule,
+    tpr: float = Conventions.tpr,
+    resamples: int = Conventions.resamples,
+    seed: int = Conventions.seed,
     errors: Errors = "raise",
     cache: str | Path | None = None,
     progress: bool = False,
@@ -136,19 +140,15 @@ def evaluate(
         else:
             default = chosen or chosen_scores(DEFAULT_SCORES, temperature)
             candidate = _of_model(one, variants, default, own_processor, given, prompt, negative_labels)
-
-        def source(data: Any, names: ClassNames | None = None, candidate: _Candidate = candidate) -> Inputs:
-            own = None if isinstance(data, Inputs) else names
-            return source_of(data, candidate.processor, candidate.kind, class_names=own, batch_size=batch_size)
-
         names = candidate.class_names if class_names is None else ClassNames.of(class_names)
-        all_sets[name] = {ID_SET: source(id_data, names if labelled else None)}
-        all_sets[name] |= {ood_set: source(data) for ood_set, data in ood_data.items()}
-        candidate = candidate._replace(subject=_with_fit_data(candidate.subject, fit_data, source, all_sets[name]))
-        for inputs in (all_sets[name][ID_SET], candidate.subject.fit_inputs):
+        id_inputs = candidate.inputs(id_data, batch_size, names if labelled else None)
+        fit_inputs = None if fit_data is None else candidate.inputs(fit_data, batch_size)
+        for inputs in (id_inputs, fit_inputs):
             if inputs is not None and inputs.classes is not None:
                 inputs.classes.check_order_of(candidate.class_names, "the model")
-        candidates[name] = candidate
+        candidates[name] = candidate._replace(subject=_with_fit_inputs(candidate.subject, fit_inputs, id_inputs))
+        ood_inputs = {ood_set: candidate.inputs(data, batch_size) for ood_set, data in ood_data.items()}
+        all_sets[name] = {ID_SET: id_inputs, **ood_inputs}
     processes = [Processes(next(one.subject.model.parameters()).device) for one in candidates.values()]
     total = sum(len(inputs) for sets in all_sets.values() for inputs in sets.values())
     with _progress(shown=progress and processes[0].is_first, total=total) as count:
@@ -205,28 +205,22 @@ def _made(folder: Path) -> Path:
 def _of_model(
     model: nn.Module,
     adapters: Mapping[str, str | None],
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    scores: ScoresInUse,
     processor: Any,
     class_names: Any,
     prompt: str | Sequence[str],
     negative_labels: Any,
 ) -> _Candidate:
-    backbone = backbone_of(getattr(model, "get_base_model", lambda: model)())
-    if class_names is None and not backbone.needs_prompts:
-        class_names = ClassNames.of_model(backbone.model.config.id2label)
-    if class_names is None:
-        raise ValueError(
-            f"{type(backbone.model).__name__} does not name its classes; give class_names, the in-distribution classes."
-        )
-    classes = ClassPrompts(processor, class_names, prompt, negative_labels=negative_labels)
-    used = prompt if backbone.needs_prompts else None
-    return _Candidate(Subject(model, adapters, classes, scores), processor, _kind(backbone), classes.classes, used)
+    backbone = backbone_of(model)
+    classes = ClassPrompts.of_model(backbone, processor, class_names, prompt, negative_labels=negative_labels)
+    used = classes.prompt if backbone.needs_prompts else None
+    return _Candidate(Subject(model, adapters, classes, scores), processor, backbone.kind, classes.classes, used)
 
 
 def _of_detector(
     detector: OODDetector,
     adapters: Mapping[str, str | None],
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]] | None,
+    scores: ScoresInUse | None,
     temperature: float | None,
 ) -> _Candidate:
     if scores is None:
@@ -239,27 +233,21 @@ def _of_detector(
     return _Candidate(subject, detector.processor, detector.kind, names, detector.prompt)
 
 
-def _kind(backbone: Backbone) -> Kind:
-    return "text" if backbone.input_tower == "text" else "image"
-
-
-def _with_fit_data(
-    subject: Subject, fit_data: Any, source: Callable[[Any], Inputs], sets: Mapping[str, Inputs]
-) -> Subject:
+def _with_fit_inputs(subject: Subject, inputs: Inputs | None, id_inputs: Inputs) -> Subject:
     """The subject with what its scores are fitted on, which is no test data."""
     to_fit = [name for name, (score, _) in subject.scores.items() if score.needs_fit]
     if not to_fit:
-        if fit_data is not None:
+        if inputs is not None:
             raise ValueError(
                 f"None of the scores {', '.join(map(repr, subject.scores))} has to be fitted; leave fit_data out."
             )
         return subject
-    if fit_data is None:
+    if inputs is None:
         raise ValueError(
             f"The score {to_fit[0]!r} has to be fitted on ID data first; give fit_data, ID inputs that are none of the "
             "test data."
         )
-    inputs, tested = source(fit_data), set(sets[ID_SET].contents())
+    tested = set(id_inputs.contents())
     shared = sum(content in tested for content in inputs.contents())
     if shared == len(inputs):
         raise ValueError("fit_data are the test data; give other ID inputs, or the figures say too much.")
@@ -269,7 +257,7 @@ def _with_fit_data(
             UserWarning,
             stacklevel=3,
         )
-    return Subject(subject.model, subject.adapters, subject.classes, subject.scores, inputs)
+    return replace(subject, fit_inputs=inputs)
 
 
 @contextmanager

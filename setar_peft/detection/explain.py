@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from setar_peft.backbones import Logits, PatchGrid, named_inputs
-from setar_peft.backbones.grid import picture_of
+from setar_peft.backbones.grid import image_pixels
+from setar_peft.data.images import picture_of
 from setar_peft.data.inputs import InputBatch
 from setar_peft.detection.features import Reader
 from setar_peft.plots.explanation import patch_figure, token_figure
@@ -157,29 +157,10 @@ def explanation_of_batch(
     named, grid = named_inputs(batch.inputs), reader.backbone.patch_grid(batch.inputs)
     if "pixel_values" in named:
         image_processor = getattr(processor, "image_processor", processor)
-        picture = as_picture(picture_of(named, grid), image_processor)
+        picture = picture_of(image_pixels(named, grid), image_processor)
         return explanation_of(logits, class_names, grid, picture=picture, **known)
     tokenizer = getattr(processor, "tokenizer", processor)
     ids = named["input_ids"][0, 1:].tolist()  # the first stands for the whole text
     words = getattr(tokenizer, "decode", lambda _: "")  # there may be none for tokens that were made elsewhere
     tokens = [words([number]).strip() or str(number) for number in ids]
     return explanation_of(logits, class_names, grid, tokens=tokens, **known)
-
-
-def as_picture(pixels: Tensor, processor: Any = None) -> Image.Image:
-    """Pixel values, (channels, height, width), as a picture: grey or RGB.
-
-    Args:
-        pixels: One image's.
-        processor: The image processor that made them, whose normalisation is taken back; without one they are scaled to
-            their own range.
-    """
-    values = pixels.detach().float().cpu()
-    if getattr(processor, "do_normalize", False):
-        mean, std = (torch.as_tensor(getattr(processor, name)).view(-1, 1, 1) for name in ("image_mean", "image_std"))
-        values = (values * std + mean).clamp(0, 1)
-    else:
-        low, high = values.aminmax()
-        values = (values - low) / (high - low) if high > low else torch.zeros_like(values)
-    bytes_ = (255 * values).round().to(torch.uint8).numpy()
-    return Image.fromarray(bytes_[0]) if len(bytes_) == 1 else Image.fromarray(bytes_[:3].transpose(1, 2, 0))

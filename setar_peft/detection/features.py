@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, Logits
 from setar_peft.data.inputs import InputBatch, Inputs
 from setar_peft.detection.adapters import AS_IT_IS, adapter_in_use, blocks_below_adapters, check_adapters
-from setar_peft.detection.scoring import Reading, Score
+from setar_peft.detection.scoring import Reading, Score, ScoresInUse
 from setar_peft.objectives.base import evaluation_mode
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.objectives.loss import LOCAL_LOGITS_CHUNK
@@ -109,9 +109,7 @@ class Reader:
         settings = score.settings(float(self.classes[name].scale), given)
         return {key: value.item() if isinstance(value, Tensor) else value for key, value in settings.items()}
 
-    def outputs(
-        self, name: str, features: ImageFeatures, scores: Mapping[str, tuple[Score, Mapping[str, Any]]], top_k: int = 1
-    ) -> Outputs:
+    def outputs(self, name: str, features: ImageFeatures, scores: ScoresInUse, top_k: int = 1) -> Outputs:
         """Predictions and scores of the inputs of a batch.
 
         Args:
@@ -174,7 +172,7 @@ def outputs_of(
     reader: Reader,
     batch: InputBatch,
     inputs: Inputs,
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]],
+    scores: ScoresInUse,
     top_k: int,
 ) -> tuple[list[int], Outputs | None, dict[int, str]]:
     """What a model says of a batch whose inputs may be anything.

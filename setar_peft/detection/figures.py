@@ -96,6 +96,10 @@ class ModelScores:
         """Every set by name, the ID images first."""
         return {ID_SET: self.id_set, **self.ood_sets}
 
+    def by_set(self, score: str) -> dict[str, NDArray[np.floating]]:
+        """Name of a set, the ID images' first -> one score of its images, (n,)."""
+        return {name: images.scores[score] for name, images in self.sets.items()}
+
 
 @dataclass(frozen=True)
 class Conventions:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,11 +25,11 @@ from torch import Tensor, nn
 from setar_peft.backbones import ClassWeights
 from setar_peft.data.sources import source_of
 from setar_peft.detection.detector import OODDetector
-from setar_peft.detection.onnx_graph import DetectorGraph, Outputs
+from setar_peft.detection.onnx_graph import DetectorGraph, GraphOutputs
 from setar_peft.detection.scoring import Score
 from setar_peft.hub.processors import preprocessing_of
-from setar_peft.hub.whole_folder import written_whole
 from setar_peft.versions import versions
+from setar_peft.writing import whole_files, whole_folder
 
 OnnxDtype = Literal["float32", "float16"]
 
@@ -141,16 +140,12 @@ def export_onnx(
     with torch.no_grad():
         expected = [graph(*batch.values()) for batch in batches]
     graph.merge(getattr(torch, dtype))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder, path.name)
-        graph.write(written, texts)
-        actual = _run(written, batches)
+    with whole_files(path.parent) as folder:
+        graph.write(folder / path.name, texts)
+        actual = _run(folder / path.name, batches)
         figures = _compared(expected, actual, graph.threshold, TOLERANCE[dtype])
-        files = sorted(Path(folder).iterdir())
-        for file in reversed(files):
-            file.rename(path.parent / file.name)
-    return OnnxCheck(tuple(path.parent / file.name for file in files), *figures, carried)
+        files = tuple(path.parent / file.name for file in sorted(folder.iterdir()))
+    return OnnxCheck(files, *figures, carried)
 
 
 def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype = "float32") -> OnnxCheck:
@@ -175,9 +170,6 @@ def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype 
         UserWarning: As `export_onnx`.
     """
     check_packages()
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files; give a new folder, so that nothing is overwritten.")
     if detector.threshold is None:
         raise ValueError("The detector has no threshold, so that its graph could not decide; call fit(id_data) first.")
     samples = (
@@ -187,11 +179,12 @@ def export_detector(detector: OODDetector, folder: str | Path, dtype: OnnxDtype 
     described = {
         "kind": detector.kind,
         "class_names": list(detector.class_names),
-        "prompt": detector.prompt if isinstance(detector.prompt, (str, type(None))) else list(detector.prompt),
+        "prompt": detector.prompt,
         "threshold_found": asdict(detector.threshold),
         "preprocessing": preprocessing_of(detector.processor, detector.kind),
     }
-    with written_whole(folder) as unfinished:
+    folder = Path(folder)
+    with whole_folder(folder) as unfinished:
         if detector.kind == "text":
             getattr(detector.processor, "tokenizer", detector.processor).save_pretrained(unfinished)
         check = export_onnx(
@@ -251,20 +244,20 @@ def _batches(graph: DetectorGraph) -> Iterator[dict[str, Tensor]]:
             noise[name] = torch.randint(graph.model.config.vocab_size, value.shape, generator=generator)
     for inputs in (example, noise):
         alone = {name: value[-1:] for name, value in inputs.items()}
-        if graph.reads_text:
+        if graph.backbone.kind == "text":
             attended = alone.get("attention_mask", torch.ones_like(alone["input_ids"]))[0].nonzero().flatten()
             alone = {name: value[:, attended[: max(2, len(attended) // 2)]] for name, value in alone.items()}
         yield from (inputs, alone)
 
 
-def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[Outputs]:
+def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[GraphOutputs]:
     """What onnxruntime makes of the batches."""
     import onnxruntime
 
     feeds = ({name: value.numpy() for name, value in batch.items()} for batch in batches)
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        return [Outputs(*map(torch.from_numpy, session.run(Outputs._fields, feed))) for feed in feeds]
+        return [GraphOutputs(*map(torch.from_numpy, session.run(GraphOutputs._fields, feed))) for feed in feeds]
     except Exception as error:  # of a dozen classes of its own
         raise ValueError(
             f"onnxruntime {onnxruntime.__version__} does not run the graph, so that nothing was written: "
@@ -273,14 +266,14 @@ def _run(path: Path, batches: Iterable[Mapping[str, Tensor]]) -> list[Outputs]:
 
 
 def _compared(
-    expected: Sequence[Outputs], actual: Sequence[Outputs], threshold: Tensor, tolerance: float
+    expected: Sequence[GraphOutputs], actual: Sequence[GraphOutputs], threshold: Tensor, tolerance: float
 ) -> tuple[int, float, float, float, int]:
     """All of `OnnxCheck` between the files and what is carried.
 
     Raises:
         ValueError: If the outputs are further apart than the tolerance, or decide otherwise than it explains.
     """
-    theirs, ours = (Outputs(*map(torch.cat, zip(*outputs, strict=True))) for outputs in (expected, actual))
+    theirs, ours = (GraphOutputs(*map(torch.cat, zip(*outputs, strict=True))) for outputs in (expected, actual))
     apart, ranges, allowed = {}, {}, {}
     for name in ("score", "logits"):
         wanted, given = getattr(theirs, name), getattr(ours, name)

@@ -15,11 +15,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, ClassWeights, backbone_of, named_inputs
+from setar_peft.backbones import Backbone, ClassWeights, backbone_of, base_of, named_inputs
 from setar_peft.detection.scoring import Score
 
 
-class Outputs(NamedTuple):
+class GraphOutputs(NamedTuple):
     """What a graph gives.
 
     Attributes:
@@ -40,7 +40,7 @@ LARGEST_FILE = 2**31 - 2**26
 
 
 class DetectorGraph(nn.Module):
-    """Inputs, by position, to `Outputs`; with a copy of the model, in float32 on the CPU.
+    """Inputs, by position, to `GraphOutputs`; with a copy of the model, in float32 on the CPU.
 
     Args:
         model: A stock model of a known family, or one with adapters.
@@ -79,7 +79,6 @@ class DetectorGraph(nn.Module):
         self.model: Any = _twin(model)
         self.score = score
         self.backbone: Backbone = backbone_of(self.model)
-        self.reads_text = self.backbone.input_tower == "text"
         self.example = self.backbone.on_device(named_inputs(example))
         if "spatial_shapes" in self.example:
             raise ValueError(
@@ -95,8 +94,8 @@ class DetectorGraph(nn.Module):
         exact = nearest if float(nearest) >= threshold else np.nextafter(nearest, np.float32(np.inf))
         self.register_buffer("threshold", torch.tensor(exact))
 
-    def forward(self, *values: Tensor) -> Outputs:
-        """Outputs of inputs in the order of the example's."""
+    def forward(self, *values: Tensor) -> GraphOutputs:
+        """GraphOutputs of inputs in the order of the example's."""
         dtype = next(self.model.parameters()).dtype
         inputs = {
             name: value.to(dtype) if value.is_floating_point() else value
@@ -105,7 +104,7 @@ class DetectorGraph(nn.Module):
         features = self.backbone.embedded(self.backbone.image_features(inputs, layers=self.score.needs_layers))
         logits = self.classes.logits_of(features, local=self.score.needs_local)
         score = self.score(logits, features, **self.settings)
-        return Outputs(score, score >= self.threshold, logits.pooled.argmax(-1), logits.pooled)
+        return GraphOutputs(score, score >= self.threshold, logits.pooled.argmax(-1), logits.pooled)
 
     def merge(self, dtype: torch.dtype) -> None:
         """Merge the active adapters, in float32, and have the model compute in the dtype.
@@ -133,7 +132,7 @@ class DetectorGraph(nn.Module):
         # Sizes of 0 and 1 would be constants to torch.
         values = [value[torch.arange(2) % len(value)] for value in self.example.values()]
         axes: dict[int, Any] = {0: torch.export.Dim("batch")}
-        if self.reads_text:
+        if self.backbone.kind == "text":
             values = [value[:, torch.arange(max(4, value.shape[1])) % value.shape[1]] for value in values]
             axes[1] = torch.export.Dim("length", min=3, max=self.backbone.longest_text)  # type: ignore[attr-defined]
         names = {axis: str(size.__name__) for axis, size in axes.items()}
@@ -145,7 +144,7 @@ class DetectorGraph(nn.Module):
                 exported: Any = torch.onnx.export(
                     program,
                     input_names=list(self.example),
-                    output_names=list(Outputs._fields),
+                    output_names=list(GraphOutputs._fields),
                     dynamic_shapes=(tuple(names for _ in values),),
                     dynamo=True,
                     verbose=False,
@@ -187,7 +186,7 @@ def _quiet() -> Iterator[None]:
 
 def _twin(model: nn.Module) -> nn.Module:
     """A copy of the model beneath its PEFT wrapper, frozen, in evaluation mode and float32, on the CPU."""
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    base: nn.Module = base_of(model)
     parameters = list(base.parameters())
     if getattr(base, "is_quantized", False):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from setar_peft.detection.figures import ID_SET, MEAN, Conventions, Difference, 
 from setar_peft.detection.tables import difference_cells, figure_cells, score_label
 from setar_peft.plots import Convention, roc_figure, score_figure
 from setar_peft.plots.report import Content, Drawing, Picture, Pictures, Section, Settings, Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Mistake(NamedTuple):
@@ -27,6 +30,30 @@ class Mistake(NamedTuple):
     set_name: str
     place: int
     caption: str
+
+
+class Curves(NamedTuple):
+    """Figures of one score of all models.
+
+    Attributes:
+        roc: ROC curves, a panel an OOD set, with the threshold that the false-positive rate is read off at.
+        histograms: Of the ID images and of each OOD set, with that threshold.
+    """
+
+    roc: Figure
+    histograms: Figure
+
+
+def curves_of(models: Mapping[str, ModelScores], score: str, conventions: Conventions) -> Curves:
+    """The figures of one score, by the conventions of an evaluation.
+
+    Raises:
+        ValueError: If matplotlib is missing.
+    """
+    convention = Convention(conventions.positive, conventions.threshold_rule, conventions.tpr)
+    drawn = {model: scores.by_set(score) for model, scores in models.items()}
+    label = score_label(score, models)
+    return Curves(*(draw(drawn, label, ID_SET, convention) for draw in (roc_figure, score_figure)))
 
 
 def evaluation_sections(
@@ -64,13 +91,8 @@ def evaluation_sections(
         )
     figures += conventions.sentences()
     curves: list[Content] = []
-    convention = Convention(conventions.positive, conventions.threshold_rule, conventions.tpr)
     for name in next(iter(models.values())).settings:
-        drawn = {
-            model: {set_name: images.scores[name] for set_name, images in scores.sets.items()}
-            for model, scores in models.items()
-        }
-        label = score_label(name, models)
+        label, drawn = score_label(name, models), curves_of(models, name, conventions)
         figures_by_set = "; ".join(
             f"{row.model} on {row.ood_set}: {conventions.fpr_name} {100 * row.metrics.fpr:.2f}, AUROC "
             f"{100 * row.metrics.auroc:.2f}"
@@ -79,12 +101,12 @@ def evaluation_sections(
         )
         curves += [
             Drawing(
-                roc_figure(drawn, label, ID_SET, convention),
+                drawn.roc,
                 f"ROC curves of {label}. {figures_by_set}.",
                 f"ROC curves of {label}; the dots are where the false-positive rate is read off.",
             ),
             Drawing(
-                score_figure(drawn, label, ID_SET, convention),
+                drawn.histograms,
                 f"Histograms of {label} of the ID images and of each OOD set, one line a model, with the threshold.",
                 f"Histograms of {label} with the threshold; the axis of shares is logarithmic.",
             ),

@@ -10,15 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import ClassWeights, ImageFeatures
+from setar_peft.backbones import ClassWeights, ImageFeatures, base_of
 from setar_peft.data.inputs import Inputs
-from setar_peft.detection.adapters import AS_IT_IS
+from setar_peft.detection.adapters import AS_IT_IS, active_adapters
 from setar_peft.detection.cache import DamagedError, SetCache, say_damaged
-from setar_peft.detection.cache_keys import key_of_set, keys_of_scores
+from setar_peft.detection.cache_keys import fingerprints, key_of_set, keys_of_scores
 from setar_peft.detection.features import Outputs, Reader, reading
 from setar_peft.detection.figures import ModelScores, SetScores
-from setar_peft.detection.fingerprint import active_adapters, fingerprints
-from setar_peft.detection.scoring import Reading, Score
+from setar_peft.detection.scoring import Reading, Score, ScoresInUse
 from setar_peft.objectives.class_prompts import ClassPrompts
 from setar_peft.processes import Processes
 
@@ -30,7 +29,7 @@ _OF_FEATURES = frozenset({"global_logits", "negative_logits", "features"})
 _ROWS = 1024
 
 # By variant of a model: name -> score, and its settings in full.
-_Chosen = Mapping[str, Mapping[str, tuple[Score, Mapping[str, Any]]]]
+_Chosen = Mapping[str, ScoresInUse]
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,19 @@ class Subject:
     model: nn.Module
     adapters: Mapping[str, str | None]
     classes: ClassPrompts | ClassWeights
-    scores: Mapping[str, tuple[Score, Mapping[str, Any]]]
+    scores: ScoresInUse
     fit_inputs: Inputs | None = None
 
     def about(self, variant: str) -> dict[str, Any]:
         """What a variant is, as plain values."""
-        base: Any = getattr(self.model, "get_base_model", lambda: self.model)()
+        base = base_of(self.model)
         adapter: Any = self.adapters[variant]
         if adapter == AS_IT_IS:
             adapter = active_adapters(self.model)
         parameter = next(self.model.parameters())
         return {
             "type": type(base).__name__,
-            "base": str(getattr(getattr(base, "config", None), "_name_or_path", "")) or None,
+            "base": base.name_or_path or None,
             "adapter": adapter or None,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": parameter.device.type,
@@ -252,8 +251,7 @@ class Passes:
     def _passed(self, reader: Reader, missing: _Chosen, set_name: str) -> dict[str, _Found]:
         """What is missing of a set, by a pass over this process's batches; of all processes."""
         inputs, processes = self._sets[set_name], self._processes
-        starts = range(0, len(inputs), inputs.batch_size)[processes.index :: processes.count]
-        places = [place for start in starts for place in range(start, min(start + inputs.batch_size, len(inputs)))]
+        places = inputs.batch_places(processes.index, processes.count)
         parts: dict[str, list[dict[str, Tensor]]] = {variant: [] for variant in missing}
         left = len(inputs)
         errors: dict[int, str] = {}

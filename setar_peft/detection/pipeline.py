@@ -12,6 +12,7 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.utils.data import Dataset
+from transformers import PreTrainedConfig
 from transformers.pipelines.base import Pipeline
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _PROCESSORS = ("tokenizer", "feature_extractor", "image_processor", "video_proce
 
 _OF_THE_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # What transformers says of itself; the dtype is checked by the pipeline.
-_OF_TRANSFORMERS = ("_from_pipeline", "trust_remote_code", "code_revision", "dtype")
+_OF_TRANSFORMERS = ("_from_pipeline", "_commit_hash", "trust_remote_code", "code_revision", "dtype")
 
 
 class DetectorName:
@@ -35,7 +36,12 @@ class DetectorName:
     Args:
         name: Folder or Hub name.
         settings: How to load it, such as `token`.
+
+    Attributes:
+        config: An empty configuration: transformers before 5.18 asks it for a commit.
     """
+
+    config = PreTrainedConfig()
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name, self.settings = name, dict(settings)

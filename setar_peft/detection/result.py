@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from setar_peft.detection.columns import write_parquet
 from setar_peft.detection.figures import (
     Conventions,
     Difference,
@@ -23,7 +22,7 @@ from setar_peft.detection.figures import (
     figures_of,
 )
 from setar_peft.detection.metrics import OODMetrics, Positive, ThresholdRule
-from setar_peft.detection.page import evaluation_sections
+from setar_peft.detection.page import Curves, curves_of, evaluation_sections
 from setar_peft.detection.tables import (
     difference_cells,
     difference_values,
@@ -32,6 +31,7 @@ from setar_peft.detection.tables import (
     known,
     row_values,
     score_label,
+    write_parquet,
 )
 from setar_peft.plots.report import write_page
 from setar_peft.versions import versions
@@ -103,11 +103,11 @@ class Evaluation:
         *,
         score: str = "score",
         model: str = "model",
-        positive: Positive = "id",
-        threshold: ThresholdRule = "at_least",
-        tpr: float = 0.95,
-        resamples: int = 1000,
-        seed: int = 0,
+        positive: Positive = Conventions.positive,
+        threshold: ThresholdRule = Conventions.threshold_rule,
+        tpr: float = Conventions.tpr,
+        resamples: int = Conventions.resamples,
+        seed: int = Conventions.seed,
     ) -> Evaluation:
         """The evaluation of one score that somebody has in a file. For several, and for several models, see `of`.
 
@@ -128,6 +128,11 @@ class Evaluation:
         sets = {name: SetScores.of_scores({score: scores}) for name, scores in ood_scores.items()}
         scores = ModelScores(SetScores.of_scores({score: id_scores}), sets, {score: {}})
         return cls.of({model: scores}, Conventions(positive, threshold, tpr, resamples, seed))
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the scores."""
+        return list(next(iter(self.models.values())).settings)
 
     def metrics(self, ood_set: str, score: str, model: str | None = None) -> OODMetrics:
         """The figures of one model and score on one OOD set, or on their "mean".
@@ -169,7 +174,7 @@ class Evaluation:
     def convention(self) -> str:
         """How the figures came about and are to be read: convention, temperature, prompt, versions."""
         used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        scores = ", ".join(map(self.score_label, self._scores()))
+        scores = ", ".join(map(self.score_label, self.scores))
         said = [*self.conventions.sentences(), f"All figures in percent. Scores: {scores}.", self._prompt()]
         return " ".join([*said, *self._left_out(), f"Made with {used}."])
 
@@ -218,7 +223,7 @@ class Evaluation:
         many images there were and which were left out, versions.
         """
         return {
-            "prompt": self.prompt if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt),
+            "prompt": self.prompt,
             "class_names": None if self.class_names is None else list(self.class_names),
             "conventions": asdict(self.conventions),
             "models": {
@@ -252,6 +257,17 @@ class Evaluation:
         """
         return write_parquet(path, self.models)
 
+    def curves(self, score: str) -> Curves:
+        """ROC curves and histograms of a score, as matplotlib's figures: `evaluation.curves("mcm").roc.savefig(...)`.
+
+        Args:
+            score: Name of the score.
+
+        Raises:
+            ValueError: If there is no such score, or matplotlib is missing.
+        """
+        return curves_of(self.models, self._score(score), self.conventions)
+
     def report(
         self,
         path: str | os.PathLike[str],
@@ -274,15 +290,12 @@ class Evaluation:
         Raises:
             ValueError: If there is no such score or folder, or matplotlib is missing.
         """
-        shown_score = self._scores()[0] if score is None else score
-        if shown_score not in self._scores():
-            raise ValueError(f"score is {score!r}; write one of {', '.join(map(repr, self._scores()))}.")
         sections = evaluation_sections(
             self.models,
             self.rows,
             self.differences,
             self.conventions,
-            score=shown_score,
+            score=self.scores[0] if score is None else self._score(score),
             mistakes=mistakes,
             class_names=self.class_names,
             shown=self.shown,
@@ -290,7 +303,7 @@ class Evaluation:
                 ("Accuracy", self._accuracies()),
                 ("Conventions", " ".join(self.conventions.sentences())),
                 ("Prompt", self._prompt()),
-                *((f"Score {name}", self.score_label(name)) for name in self._scores()),
+                *((f"Score {name}", self.score_label(name)) for name in self.scores),
                 *((f"Model {name}", json.dumps(model.about)) for name, model in self.models.items() if model.about),
                 *((f"Set {name}", f"{len(images)} images") for name, images in self._sets().items()),
                 *(("Left out", sentence) for sentence in self._left_out()),
@@ -306,11 +319,13 @@ class Evaluation:
             raise ValueError(f"model is {model!r}; write one of {', '.join(map(repr, self.models))}.")
         return model
 
+    def _score(self, score: str) -> str:
+        if score not in self.scores:
+            raise ValueError(f"score is {score!r}; write one of {', '.join(map(repr, self.scores))}.")
+        return score
+
     def _sets(self) -> dict[str, SetScores]:
         return next(iter(self.models.values())).sets
-
-    def _scores(self) -> list[str]:
-        return list(next(iter(self.models.values())).settings)
 
     def _accuracies(self) -> str:
         known = {name: model.id_set.accuracy for name, model in self.models.items()}

@@ -17,28 +17,28 @@ from huggingface_hub import HfApi, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from numpy.typing import NDArray
 
-from setar_peft.backbones import ClassWeights
+from setar_peft.backbones import ClassWeights, base_of
 from setar_peft.backbones.loading import torch_device
 from setar_peft.data.inputs import checked_batch_size
 from setar_peft.data.labels import ClassNames
+from setar_peft.data.rows import Kind
 from setar_peft.detection.detector_model import (
     ModelFacts,
-    base_of,
     check_nothing_is_lost,
     load_detector_model,
     save_detector_model,
 )
 from setar_peft.detection.model_state import ModelState
-from setar_peft.detection.scores import chosen_scores, find_score
+from setar_peft.detection.scores import chosen_score, find_score
 from setar_peft.detection.scoring import Score
 from setar_peft.detection.threshold import Threshold
 from setar_peft.hub.card import CARD_NAME
 from setar_peft.hub.detector_card import write_detector_card
 from setar_peft.hub.detector_files import DETECTOR_NAME, DetectorFiles, SavedThreshold, detector_folder
 from setar_peft.hub.processors import check_preprocessing, load_saved_processor, preprocessing_of
-from setar_peft.hub.whole_folder import written_whole
 from setar_peft.objectives.class_prompts import PROMPT, ClassPrompts
 from setar_peft.versions import versions
+from setar_peft.writing import whole_files
 
 if TYPE_CHECKING:
     from typing import Self
@@ -58,7 +58,7 @@ class HubDetector(ModelHubMixin):
 
     model: Any
     processor: Any
-    kind: str
+    kind: Kind
     class_names: list[str]
     prompt: str | Sequence[str] | None
     batch_size: int
@@ -74,6 +74,11 @@ class HubDetector(ModelHubMixin):
     _model_state: ModelState
     # Why the threshold that was saved does not hold, in brackets.
     _lost_threshold: str
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, for which transformers asks what is given to its `pipeline`."""
+        return self.model.config
 
     @abstractmethod
     def _start(
@@ -126,7 +131,7 @@ class HubDetector(ModelHubMixin):
             given = ", ".join(["repo_id"] * (repo_id is not None) + sorted(push_to_hub_kwargs))
             raise ValueError(f"{given}: only for push_to_hub=True; leave it out, or push.")
         outdated = _OUTDATED if (folder / DETECTOR_NAME).is_file() else ()
-        with written_whole(folder, outdated) as unfinished:
+        with whole_files(folder, outdated) as unfinished:
             if (folder / CARD_NAME).is_file():
                 shutil.copy(folder / CARD_NAME, unfinished)
             super().save_pretrained(unfinished)
@@ -327,13 +332,9 @@ def _scoring(
                 f"The detector in {folder} has the score {files.score!r}, which is none of this package's; give what "
                 "it was made with, score=..., or register it first (register_score)."
             ) from error
-    wanted: Any = own if score is None else score
-    chosen = chosen_scores(wanted, temperature)
-    if len(chosen) > 1:
-        raise ValueError(f"score is {', '.join(map(repr, chosen))}; a detector decides by one.")
-    ((name, (found, given)),) = chosen.items()
+    found, given = chosen_score(own if score is None else score, temperature)
     # One that only the user has is taken for what it is called; another may have been made otherwise.
-    is_own = name == files.score and (
+    is_own = found.name == files.score and (
         own is None or found.state()[0] in (own.state()[0], dict(files.unfitted), dict(files.state))
     )
     settings = found.settings(float(files.class_weights.scale), {**files.settings, **given} if is_own else given)

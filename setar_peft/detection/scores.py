@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from setar_peft.backbones import ImageFeatures
 
 Pooling = Literal["patch", "class"]
+# A name, function or `Score`, several of them, or names with the settings that are not the score's own.
+WantedScores: TypeAlias = str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]]
 
 # From this many classes on `logit_gap` reads a fifth of them, below it half (paper, Table 8: 100 and 1,000; 10 and 20).
 _MANY_CLASSES = 100
@@ -313,7 +315,7 @@ def _check_name(score: Score) -> None:
 
 
 def chosen_scores(
-    scores: str | Score | Callable[..., Tensor] | Sequence[Any] | Mapping[str, Mapping[str, Any]],
+    scores: WantedScores,
     temperature: float | None = None,
 ) -> dict[str, tuple[Score, dict[str, Any]]]:
     """Scores as users give them.
@@ -343,6 +345,18 @@ def chosen_scores(
         raise ValueError(f"scores {what}; give each score once, such as ['mcm', 'gl_mcm'].")
     shared = {} if temperature is None else {"temperature": temperature}
     return {found.name: (found, {**shared, **settings}) for found, settings in given}
+
+
+def chosen_score(wanted: Any, temperature: float | None = None) -> tuple[Score, dict[str, Any]]:
+    """The one score that a detector decides by, and the settings that were given for it; see `chosen_scores`.
+
+    Raises:
+        ValueError: As `chosen_scores`, and if there are several.
+    """
+    chosen = chosen_scores(wanted, temperature)
+    if len(chosen) > 1:
+        raise ValueError(f"score is {', '.join(map(repr, chosen))}; a detector decides by one.")
+    return next(iter(chosen.values()))
 
 
 def score(

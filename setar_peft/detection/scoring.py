@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -183,6 +183,10 @@ class Score:
                 f"The score {self.name!r} reads what is not there: {listed}. {how}, or take a score that does without."
             )
         return read
+
+
+# Name -> the score, and its settings: those that were given, or in full.
+ScoresInUse: TypeAlias = Mapping[str, tuple[Score, Mapping[str, Any]]]
 
 
 def _parameters(function: Callable[..., Tensor], name: str) -> Mapping[str, inspect.Parameter]:

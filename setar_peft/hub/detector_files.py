@@ -17,9 +17,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from setar_peft.backbones import ClassWeights
-from setar_peft.hub.detector_schema import FORMAT, check_document, check_plain
-from setar_peft.hub.whole_folder import written_whole
+from setar_peft.hub.detector_schema import AGAIN, FORMAT, check_document, check_plain
+from setar_peft.hub.digests import facts_digest
 from setar_peft.tuner.adapter_file import file_digest
+from setar_peft.writing import whole_files
 
 DETECTOR_NAME = "detector.json"
 TENSORS_NAME = "detector.safetensors"
@@ -27,7 +28,6 @@ TENSORS_NAME = "detector.safetensors"
 _WITHOUT_DIGEST = ("README.md", ".gitattributes", DETECTOR_NAME)
 _WEIGHTS = ("model.safetensors", "model-*.safetensors")
 _STATE = "score."
-_AGAIN = "Copy or download the detector again, or save it again in Python."
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DetectorFiles:
         }
         self.check("the detector")
         data = save(tensors)
-        with written_whole(folder) as unfinished:
+        with whole_files(folder) as unfinished:
             digests = {**_digests(Path(folder)), TENSORS_NAME: hashlib.sha256(data).hexdigest()}
             document = {"format": FORMAT, **self._values(), "files": digests, "sha256": "0" * 64}
             check_document(document, "the detector")
@@ -148,14 +148,14 @@ class DetectorFiles:
         if document["sha256"] != _own_digest(document):
             raise ValueError(
                 f"{path} was changed after it was saved: its own digest is another one. A threshold holds for the "
-                f"score, temperature, prompt and classes that it was found with. {_AGAIN}"
+                f"score, temperature, prompt and classes that it was found with. {AGAIN}"
             )
         _check_digests(folder, document["files"])
         try:
             # Copies lie in memory as what torch makes does; the last digits of a product depend on it.
             tensors = {name: tensor.clone() for name, tensor in load((folder / TENSORS_NAME).read_bytes()).items()}
         except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{folder / TENSORS_NAME} is no file of tensors ({error}). {_AGAIN}") from error
+            raise ValueError(f"{folder / TENSORS_NAME} is no file of tensors ({error}). {AGAIN}") from error
         files = _from(document, tensors, str(folder / TENSORS_NAME))
         files.check(str(folder))
         return files
@@ -172,17 +172,17 @@ class DetectorFiles:
         _check_tensor(where, "bias", bias, (classes,), may_miss=True)
         _check_tensor(where, "scale", torch.as_tensor(scale), ())
         if not float(scale) > 0:
-            raise ValueError(f"{where}: scale is {float(scale)}; a logit scale is positive. {_AGAIN}")
+            raise ValueError(f"{where}: scale is {float(scale)}; a logit scale is positive. {AGAIN}")
         count = len(self.negative_labels)
         _check_tensor(where, "negative", negative, (count, weight.shape[1]), may_miss=not count)
         for named, given in (("prompts", self.prompt), ("keys", self.class_keys)):
             if not isinstance(given, (str, type(None))) and len(given) != classes:
-                raise ValueError(f"{where}: there are {len(given)} {named} for {classes} classes. {_AGAIN}")
+                raise ValueError(f"{where}: there are {len(given)} {named} for {classes} classes. {AGAIN}")
         if self.id_scores is not None:
             _check_tensor(where, "id_scores", self.id_scores, (None,))
         found, known = getattr(self.threshold, "n", 0), 0 if self.id_scores is None else len(self.id_scores)
         if found and found != known:
-            raise ValueError(f"{where}: the threshold was found on {found} scores, and {known} are here. {_AGAIN}")
+            raise ValueError(f"{where}: the threshold was found on {found} scores, and {known} are here. {AGAIN}")
         for name, tensor in self.state_tensors.items():
             _check_tensor(where, f"{_STATE}{name}", tensor, None)
 
@@ -215,12 +215,9 @@ class DetectorFiles:
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        weight, bias, scale, negative = self.class_weights
-        # A plain number is a float64, which tells it from a tensor's float32 when it is read.
-        scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
-        named = {"weight": weight, "bias": bias, "scale": scale, "negative": negative, "id_scores": self.id_scores}
-        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-        return {**tensors, **{f"{_STATE}{name}": tensor for name, tensor in self.state_tensors.items()}}
+        id_scores = {} if self.id_scores is None else {"id_scores": self.id_scores}
+        state = {f"{_STATE}{name}": tensor for name, tensor in self.state_tensors.items()}
+        return {**self.class_weights.tensors(), **id_scores, **state}
 
 
 def detector_folder(name_or_path: str | Path, **hub_settings: Any) -> Path:
@@ -257,7 +254,7 @@ def _from(document: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -
     missing = [name for name in ("weight", "scale") if named[name] is None]
     if missing or tensors:
         what = f"lacks {', '.join(missing)}" if missing else f"has {', '.join(sorted(tensors))}, which is unknown"
-        raise ValueError(f"{where} {what}. {_AGAIN}")
+        raise ValueError(f"{where} {what}. {AGAIN}")
     scale: Any = named["scale"]
     if scale.dtype == torch.float64 and scale.numel() == 1:
         scale = float(scale)
@@ -271,9 +268,9 @@ def _check_tensor(
     if tensor is None and may_miss:
         return
     if tensor is None:
-        raise ValueError(f"{where}: {name} is missing. {_AGAIN}")
+        raise ValueError(f"{where}: {name} is missing. {AGAIN}")
     if may_miss and shape is not None and shape[0] == 0:
-        raise ValueError(f"{where}: there is {name}, and nothing that it belongs to. {_AGAIN}")
+        raise ValueError(f"{where}: there is {name}, and nothing that it belongs to. {AGAIN}")
     given = tuple(tensor.shape)
     fits = shape is None or (
         len(given) == len(shape)
@@ -282,11 +279,11 @@ def _check_tensor(
     if not fits:
         assert shape is not None
         wanted = ", ".join("d" if size is None else str(size) for size in shape)
-        raise ValueError(f"{where}: {name} has shape {given}, and ({wanted}) belongs there. {_AGAIN}")
+        raise ValueError(f"{where}: {name} has shape {given}, and ({wanted}) belongs there. {AGAIN}")
     if shape is not None and not tensor.is_floating_point():
-        raise ValueError(f"{where}: {name} has dtype {tensor.dtype}, and floats belong there. {_AGAIN}")
+        raise ValueError(f"{where}: {name} has dtype {tensor.dtype}, and floats belong there. {AGAIN}")
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        raise ValueError(f"{where}: {name} does not hold finite values. {_AGAIN}")
+        raise ValueError(f"{where}: {name} does not hold finite values. {AGAIN}")
 
 
 def _read_json(path: Path) -> Any:
@@ -296,12 +293,11 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
     except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} is not readable as JSON ({error}). {_AGAIN}") from error
+        raise ValueError(f"{path} is not readable as JSON ({error}). {AGAIN}") from error
 
 
 def _own_digest(document: Mapping[str, Any]) -> str:
-    values = {key: value for key, value in document.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return facts_digest(**{key: value for key, value in document.items() if key != "sha256"})
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -315,8 +311,8 @@ def _check_digests(folder: Path, digests: Mapping[str, str]) -> None:
     for name, digest in digests.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{folder} has no {name}, which was saved with the detector. {_AGAIN}")
+            raise ValueError(f"{folder} has no {name}, which was saved with the detector. {AGAIN}")
         if file_digest(path) != digest:
             raise ValueError(
-                f"{path} is not the file that was saved with {DETECTOR_NAME}: its SHA-256 is another one. {_AGAIN}"
+                f"{path} is not the file that was saved with {DETECTOR_NAME}: its SHA-256 is another one. {AGAIN}"
             )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 FORMAT = 1
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 _DEEPEST = 50  # mappings and lists in one another
-_AGAIN = "Copy or download the detector again, or save it again in Python."
+AGAIN = "Copy or download the detector again, or save it again in Python."
 
 
 class _Kind(NamedTuple):
@@ -46,7 +46,7 @@ def check_document(document: Any, where: str) -> None:
         threshold = document["threshold"]
         _check_fields(threshold, _THRESHOLD, f"{where}, threshold")
         if len({threshold["tpr"] is None, threshold["interval"] is None, threshold["n"] == 0}) > 1:
-            raise ValueError(f"{where}: the threshold has some of tpr, n and interval, which go together. {_AGAIN}")
+            raise ValueError(f"{where}: the threshold has some of tpr, n and interval, which go together. {AGAIN}")
 
 
 def check_plain(what: str, values: Mapping[str, Any]) -> None:
@@ -65,15 +65,15 @@ def check_plain(what: str, values: Mapping[str, Any]) -> None:
 
 def _check_fields(values: Any, kinds: Mapping[str, _Kind], where: str) -> None:
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds a {type(values).__name__}, and named values belong there. {_AGAIN}")
+        raise ValueError(f"{where} holds a {type(values).__name__}, and named values belong there. {AGAIN}")
     missing, unknown = sorted(kinds.keys() - values.keys()), sorted(values.keys() - kinds.keys())
     if missing or unknown:
         parts = [f"lacks {', '.join(missing)}"] if missing else []
         parts += [f"has {', '.join(name[:40] for name in unknown[:8])}, which is unknown"] if unknown else []
-        raise ValueError(f"{where} {' and '.join(parts)}. {_AGAIN}")
+        raise ValueError(f"{where} {' and '.join(parts)}. {AGAIN}")
     for name, kind in kinds.items():
         if not kind.fits(values[name]):
-            raise ValueError(f"{where}: {name} is {values[name]!r:.80}, and {kind.wanted} belongs there. {_AGAIN}")
+            raise ValueError(f"{where}: {name} is {values[name]!r:.80}, and {kind.wanted} belongs there. {AGAIN}")
 
 
 def _is_number(value: Any) -> bool:

@@ -1,18 +1,20 @@
-"""Digests by which a detector knows the weights that it was made with, wherever they lie."""
+"""Digests of weights, wherever they lie, and of plain values: what a detector or a cache was made with."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from setar_peft.backbones import base_of
 from setar_peft.tuner.checkpoint import unprefixed
 from setar_peft.tuner.loading import plain_name
 
@@ -44,7 +46,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: If an adapter is merged.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     adapters: list[str] = []
     for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
@@ -87,6 +89,20 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         _add(digest, name, tensors[name].detach())
     return digest.hexdigest()
+
+
+def facts_digest(**facts: Any) -> str:
+    """SHA-256 of plain values by name.
+
+    Args:
+        facts: The values. One that JSON does not know counts by its type, a set by what is in it: the same in every
+            process.
+    """
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else type(value).__qualname__
 
 
 def _add(digest: Any, name: str, tensor: Tensor) -> None:

@@ -62,11 +62,16 @@ def load_saved_processor(folder: Path, preprocessing: Mapping[str, Any]) -> Any:
         return None
     if saved_as not in _LOADERS:
         raise ValueError(f"{folder} has a processor of the kind {saved_as!r}; known are {', '.join(_LOADERS)}.")
+    settings: dict[str, Any] = {"trust_remote_code": False}
+    name = str(preprocessing.get("class"))
+    if "ImageProcessor" in name:
+        # By default it depends on what is installed, and with it the last digits of pixels.
+        settings["backend"] = "pil" if name.endswith("Pil") else "torchvision"
     with warnings.catch_warnings():
         # Without torchvision transformers warns that it takes the PIL processor; what matters is said below.
         warnings.simplefilter("ignore")
         try:
-            return _LOADERS[saved_as].from_pretrained(folder, trust_remote_code=False)
+            return _LOADERS[saved_as].from_pretrained(folder, **settings)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
                 f"The processor in {folder} cannot be loaded: {str(error).splitlines()[0]} Give it, processor=..."
@@ -102,7 +107,7 @@ def check_preprocessing(saved: Mapping[str, Any], processor: Any, kind: str) -> 
     if given["class"] != saved.get("class") and kind == "image":
         warnings.warn(
             f"Images are processed by {given['class']} here, and were by {saved.get('class')} where the threshold was "
-            "found: pixels may differ in their last digits, and scores with them.",
+            "found: pixels may differ by rounding, and scores with them.",
             UserWarning,
             stacklevel=3,
         )

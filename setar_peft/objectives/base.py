@@ -26,9 +26,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[tuple[Backbone, torch.device]]
     Raises:
         ValueError: If the family of the model is not known.
     """
-    base: nn.Module = getattr(model, "get_base_model", lambda: model)()
-    backbone = backbone_of(base)
-    with left_as_it_was(base):
+    backbone = backbone_of(model)
+    with left_as_it_was(backbone.model):
         yield backbone, backbone.device
 
 

@@ -29,7 +29,7 @@ class ClassPrompts:
     Attributes:
         classes: The classes.
         class_names: Their names.
-        prompt: As given.
+        prompt: As given; several as a list.
         prompts: One text a class.
         negative_labels: As given, as a list; empty where there are none.
 
@@ -48,10 +48,34 @@ class ClassPrompts:
     ) -> None:
         self.classes = ClassNames.of(class_names)
         self.class_names = list(self.classes.names)
-        self.prompt = prompt
+        self.prompt = prompt if isinstance(prompt, str) else list(prompt)
         self.prompts = _prompts(prompt, self.class_names)
         self.negative_labels = _negative_labels(negative_labels, self.class_names, prompt)
         self._tokenizer = getattr(processor, "tokenizer", processor)
+
+    @classmethod
+    def of_model(
+        cls,
+        backbone: Backbone,
+        processor: Any,
+        class_names: Sequence[str] | Mapping[Any, str] | ClassNames | None = None,
+        prompt: str | Sequence[str] = PROMPT,
+        *,
+        negative_labels: Sequence[str] | str | Path | None = None,
+    ) -> ClassPrompts:
+        """The same, with a classifier's own classes where none are named.
+
+        Raises:
+            ValueError: As above, and if there are no names.
+        """
+        if class_names is None and not backbone.needs_prompts:
+            class_names = ClassNames.of_model(backbone.model.config.id2label)
+        if class_names is None:
+            raise ValueError(
+                f"{type(backbone.model).__name__} does not name its classes; give class_names, the in-distribution "
+                "classes" + ("." if backbone.needs_prompts else " in the order of the model's outputs.")
+            )
+        return cls(processor, class_names, prompt, negative_labels=negative_labels)
 
     def tokens(self, backbone: Backbone) -> dict[str, Tensor]:
         """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
@@ -83,13 +107,7 @@ class ClassPrompts:
                     f"{type(backbone.model).__name__} does not classify by texts, so that there is nothing to compare "
                     "with negative_labels; leave them out, or take a model like CLIP."
                 )
-            classes = backbone.class_weights(None)
-            if len(classes.weight) != len(self.class_names):
-                raise ValueError(
-                    f"The model has {len(classes.weight)} classes, class_names {len(self.class_names)}. Name every "
-                    "class that the model tells apart: class_names=model.config.id2label."
-                )
-            return classes
+            return backbone.class_weights(None)
         classes = backbone.class_weights(backbone.text_features(self.tokens(backbone)))
         if not self.negative_labels:
             return classes
@@ -102,11 +120,18 @@ class ClassPrompts:
         classes.check_order_of(self.classes, "the objective")
 
     def check_classes(self, backbone: Backbone) -> None:
-        """Raise a `ValueError` if a classifier's own classes are others, or in another order."""
-        if not backbone.needs_prompts:
-            own = ClassNames.of_model(getattr(backbone.model.config, "id2label", None))
-            if own is not None:
-                self.classes.check_order_of(own, "the model")
+        """Raise a `ValueError` if a classifier's own classes are others, of another number, or in another order."""
+        if backbone.needs_prompts:
+            return
+        own = ClassNames.of_model(getattr(backbone.model.config, "id2label", None))
+        if own is not None:
+            self.classes.check_order_of(own, "the model")
+        count = len(backbone.class_weights(None).weight)
+        if count != len(self.class_names):
+            raise ValueError(
+                f"The model has {count} classes, class_names {len(self.class_names)}. Name every class that the model "
+                "tells apart: class_names=model.config.id2label."
+            )
 
     def _tokenised(self, prompts: Sequence[str], backbone: Backbone) -> dict[str, Tensor]:
         if not callable(self._tokenizer) or hasattr(self._tokenizer, "preprocess"):

@@ -72,7 +72,8 @@ class LoCoOpObjective(Objective):
         label_column: str | None = None,
     ) -> None:
         self._prompts = ClassPrompts(processor, class_names, prompt)
-        self.class_names, self.prompts, self.prompt = self._prompts.class_names, self._prompts.prompts, prompt
+        self.class_names, self.prompts = self._prompts.class_names, self._prompts.prompts
+        self.prompt = self._prompts.prompt
         self.ood_weight, self.top_k = _checked_loss(ood_weight, top_k, len(self.class_names))
         settings: dict[str, Any] = {
             "class_names": self._prompts.classes,
@@ -94,17 +95,7 @@ class LoCoOpObjective(Objective):
         yield from self.images.batches()
 
     def class_tokens(self, backbone: Backbone) -> dict[str, Tensor]:
-        """The class prompts' `input_ids` and, where the tokenizer gives it, `attention_mask`, each (classes, tokens).
-
-        Warns of prompts that are longer than the model takes, and of classes that it cannot tell apart because the
-        tokens of their prompts are equal.
-
-        Args:
-            backbone: Of the model that they are for.
-
-        Raises:
-            ValueError: If the processor has no tokenizer.
-        """
+        """The tokens of the class prompts; see `ClassPrompts.tokens`."""
         return self._prompts.tokens(backbone)
 
     def check_labels(self, classes: ClassNames) -> None:
@@ -112,7 +103,7 @@ class LoCoOpObjective(Objective):
         self._prompts.check_labels(classes)
 
     def check_classes(self, backbone: Backbone) -> None:
-        """Raise a `ValueError` if a classifier's own classes are others, or in another order."""
+        """Raise a `ValueError` if a classifier's own classes are others; see `ClassPrompts.check_classes`."""
         self._prompts.check_classes(backbone)
 
     def check_base(self, losses: LossValues) -> None:
@@ -145,16 +136,7 @@ class LoCoOpObjective(Objective):
         return part
 
     def sums(self, features: ImageFeatures, classes: ClassWeights, labels: Tensor) -> Tensor:
-        """The LoCoOp loss of some images as sums and counts, (6,) (see `losses.LossSums`).
-
-        Raises:
-            ValueError: If the model has not as many classes as there are names.
-        """
-        if len(classes.weight) != len(self.class_names):
-            raise ValueError(
-                f"The model has {len(classes.weight)} classes, class_names {len(self.class_names)}. Name every class "
-                "that the model tells apart: class_names=model.config.id2label."
-            )
+        """The LoCoOp loss of some images as sums and counts, (6,) (see `loss.LossSums`)."""
         pooled, local, mask, _ = features
         return torch.stack(locoop_sums(pooled, local, classes, labels, top_k=self.top_k, mask=mask))
 

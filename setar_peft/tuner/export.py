@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from setar_peft.decomposition import Residual
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.tuner.layer import SeTARLayer
+from setar_peft.writing import whole_folder
 
 _PREFIX = "base_model.model."
 
@@ -145,25 +143,3 @@ def _targets(names: list[str], modules: Iterable[str]) -> list[str] | str:
 
 def _base_layer(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, SeTARLayer) else module
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end, or vanishes if writing fails.
-
-    Raises:
-        ValueError: If `folder` exists and holds files.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; give a new one, so that no file is overwritten.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}"
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise

@@ -113,3 +113,31 @@ def test_inputs_come_from_any_device() -> None:
     on_meta = backbone_of(model.to("meta"))
     logits = on_meta.logits(checks.random_images(2, 3, 32, 32), on_meta.class_weights(None))
     assert logits.pooled.device.type == "meta"
+
+
+def test_logits_go_through_torch_export_with_any_number_of_images() -> None:
+    config = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32)
+    model: Any = checks.randomised(ViTForImageClassification(config)).requires_grad_(False)
+    backbone = backbone_of(model)
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            features = backbone.embedded(backbone.image_features(images, layers=True))
+            logits = backbone.class_weights(None).logits_of(features)
+            return logits.pooled, logits.local, logits.layers
+
+    program = torch.export.export(
+        Logits().eval(),
+        (checks.random_images(2, 3, 32, 32),),
+        dynamic_shapes=({0: torch.export.Dim("batch", max=64)},),
+        strict=False,
+    )
+    assert not any(block._forward_pre_hooks for block in backbone.towers["vision"].blocks)
+    images = checks.random_images(5, 3, 32, 32)
+    # Eagerly the blocks are called one by one; the export runs the model's own forward.
+    for exported, eager in zip(program.module()(images), Logits()(images), strict=True):
+        torch.testing.assert_close(exported, eager, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from setar_peft.backbones import backbone_of
-from setar_peft.backbones.grid import PatchGrid, picture_of
+from setar_peft.backbones.grid import PatchGrid, image_pixels
 from tests.backbones import checks
 
 WIDTHS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
@@ -68,7 +68,7 @@ def test_an_odd_place_is_odd_there(name: str, settings: dict[str, Any], size: tu
         top, left = row * grid.height, column * grid.width
         odd[number, :, top : top + grid.height, left : left + grid.width] += 3
     assert oddest_patches(model, inputs, {"pixel_values": odd}) == list(range(len(odd)))
-    assert torch.equal(picture_of(inputs, grid), image[0])
+    assert torch.equal(image_pixels(inputs, grid), image[0])
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 7), (5, 3)])
@@ -79,7 +79,7 @@ def test_a_flexible_image_has_the_grid_of_its_shape(shape: tuple[int, int]) -> N
     inputs = flexible(picture)
     grid = backbone_of(model).patch_grid(inputs)
     assert grid == PatchGrid(rows, columns, 4, 4)
-    assert torch.equal(picture_of(inputs, grid), picture)
+    assert torch.equal(image_pixels(inputs, grid), picture)
     for number in range(rows * columns):
         odd = picture.clone()
         row, column = divmod(number, columns)

@@ -19,6 +19,7 @@ from setar_peft.backbones.loading import load_model, load_processor
 from tests.cli.conftest import CASES
 from tests.conftest import read_json
 from tests.detection.pictures import written
+from tests.search.processes import in_two_processes
 
 UP = "vision_model.encoder.layers.3.mlp.fc1"
 ID = ["--images", CASES / "images", "--classes", CASES / "folders.json", "--device", "cpu", "--resamples", 50]
@@ -130,6 +131,16 @@ def test_files(setar: Callable[..., Any], noise: Path, tmp_path: Path) -> None:
         again = setar(*run)
     assert again.exit_code == 0, again.output
     assert again.stdout == result.stdout
+
+
+def test_of_two_processes_the_first_speaks_and_writes(setar: Callable[..., Any], noise: Path, tmp_path: Path) -> None:
+    run = ["evaluate", CASES / "clip_tiny", *ID, "--ood", noise, "--batch-size", 5]
+    files = [tmp_path / "first.html", tmp_path / "second.html"]
+    said = in_two_processes(lambda rank: ["-m", "setar_peft", *map(str, run), "--report", str(files[rank])])
+    assert said[0].output == setar(*run).stdout
+    assert said[1].output == ""
+    assert [file.exists() for file in files] == [True, False]
+    assert ["6 classes, from " in process.errors for process in said] == [True, False]
 
 
 def test_texts(setar: Callable[..., Any], text_model: tuple[Any, Any], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_saved_detector_becomes_a_graph(detector: OODDetector, tmp_path: Path)
 
     again = CliRunner().invoke(app, ["export-onnx", str(tmp_path / "detector"), str(output)])
     assert again.exit_code == 1
-    assert "holds files; give a new folder" in " ".join(again.output.split())
+    assert "is not an empty folder; give a new one" in " ".join(again.output.split())
     usage = CliRunner().invoke(app, ["export-onnx", str(tmp_path / "detector"), "other", "--dtype", "int8"])
     assert usage.exit_code == 2
     nothing = CliRunner().invoke(app, ["export-onnx", str(tmp_path / "nothing"), str(tmp_path / "other")])

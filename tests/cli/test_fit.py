@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import typer
 from peft import get_peft_model
+from rich.console import Console
 
 from setar_peft import OODDetector, SeTARConfig
 from setar_peft.backbones.loading import load_model, load_processor
@@ -118,6 +119,18 @@ def test_wrong_input_gets_a_sentence_and_leaves_nothing(
     for piece in pieces:
         assert piece in result.stderr.splitlines()[-1], piece
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_sees_how_far_it_is(
+    setar: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Console, "is_terminal", True)
+    options = ["--output", tmp_path / "detector", "--tpr", 0.5]
+    result = setar("fit", CASES / "clip_tiny", *COMMON, *options)
+    assert result.exit_code == 0, result.output
+    assert "scoring" in result.stderr
+    assert "scoring" not in result.stdout
+    assert OODDetector.from_pretrained(tmp_path / "detector").threshold.n == 24
 
 
 def commands() -> dict[str, Any]:

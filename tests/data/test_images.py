@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from setar_peft.data.images import ImageSource
+from setar_peft.data.images import ImageSource, picture_of
 
 NAMES = ["cat", "dog", "frog"]
 SIDE = 16
@@ -348,3 +348,13 @@ import datasets
 assert "datasets" in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_pixel_values_are_a_picture_again() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    values = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+    assert np.abs(np.asarray(picture_of(values, processor)).astype(int) - pixels).max() <= 1
+    grey = picture_of(torch.linspace(-2, 5, 12).view(1, 3, 4))
+    assert (grey.mode, grey.size, grey.getextrema()) == ("RGB", (4, 3), ((0, 255),) * 3)
+    assert picture_of(torch.full((3, 2, 2), 0.7)).getextrema() == ((0, 0),) * 3

@@ -75,7 +75,7 @@ def test_batches_of_shards_are_those_of_one_process(source: Inputs, count: int) 
     """Also in what they are padded to: no batch is cut otherwise, and none is there twice."""
     whole = list(source.readable_batches())
     assert [len(batch.numbers) for batch in whole] == [3, 3, 3, 2]
-    shards = [source.batch_shard(index, count) for index in range(count)]
+    shards = [source.select(source.batch_places(index, count)) for index in range(count)]
     found: dict[int, InputBatch] = {}
     for index, shard in enumerate(shards):
         for place, batch in enumerate(shard.readable_batches()):
@@ -105,7 +105,7 @@ def test_a_part_keeps_names_labels_and_contents(source: Inputs) -> None:
     assert len(source.select([])) == 0
     assert list(source.select([]).readable_batches()) == []
     assert part.shard(1, 2).numbers == [2, 10]
-    assert source.batch_shard(5, 6).numbers == []
+    assert source.batch_places(5, 6) == []
     masks = (torch.ones(COUNT) > 0, np.ones(COUNT) > 0, [np.True_])
     for strange in ([11], [-1], [True], [0, 99], [1.5], ["1"], *masks):
         with pytest.raises(

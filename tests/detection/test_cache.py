@@ -15,8 +15,8 @@ from torch import Tensor
 from setar_peft import SeTARConfig
 from setar_peft.data.images import ImageSource
 from setar_peft.detection import cache as cache_module
+from setar_peft.detection.cache_keys import fingerprints
 from setar_peft.detection.evaluation import evaluate
-from setar_peft.detection.fingerprint import fingerprints, key_of
 from setar_peft.detection.fusion import LayerFusion
 from setar_peft.detection.scoring import Score
 from tests.demo.conftest import one_thread  # noqa: F401 - every test here uses it
@@ -191,12 +191,6 @@ def test_adapters_are_told_apart_and_the_base_is_the_stock_model(run: Any, model
     blocks.ran()
     run(one=peft_model, adapters={"base": None, "SeTAR": "default", "other": "other"})
     assert (blocks.vision, blocks.text) == alone
-
-
-def test_a_key_is_the_same_in_every_process() -> None:
-    """Neither addresses nor the order of sets, which Python changes from process to process, are in it."""
-    assert key_of(modules={"b", "a"}, objective=object()) == key_of(modules=["a", "b"], objective=object())
-    assert key_of(modules={"b"}) != key_of(modules={"a"})
 
 
 def fingerprint(model: Any, adapter: str | None = "") -> str:

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from setar_peft.backbones import ClassWeights, Logits, PatchGrid, backbone_of
-from setar_peft.detection.explain import as_picture, explanation_of
+from setar_peft.detection.explain import explanation_of
 from setar_peft.detection.scores import local_mcm
 from tests.backbones import checks
 
@@ -111,13 +109,3 @@ def test_what_does_not_fit_is_refused() -> None:
             explanation_of(logits_of(local), NAMES, grid, temperature=temperature)
     with pytest.raises(ValueError, match="no picture to draw its map on"):
         explanation_of(logits_of(local), NAMES, grid).figure()
-
-
-def test_the_picture_is_what_the_processor_made_of_it() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    values = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-    assert np.abs(np.asarray(as_picture(values, processor)).astype(int) - pixels).max() <= 1
-    grey = as_picture(torch.linspace(-2, 5, 12).view(1, 3, 4))
-    assert (grey.mode, grey.size, grey.getextrema()) == ("L", (4, 3), (0, 255))
-    assert as_picture(torch.full((3, 2, 2), 0.7)).getextrema() == ((0, 0),) * 3

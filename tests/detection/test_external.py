@@ -28,6 +28,7 @@ from setar_peft.detection.metrics import ood_metrics
 from setar_peft.detection.scores import find_score, score
 from setar_peft.detection.scoring import Reading
 from tests.detection.pictures import pictures, written
+from tests.refusals import message_of
 
 needs_pytorch_ood = pytest.mark.skipif(
     importlib.util.find_spec("pytorch_ood") is None,
@@ -67,12 +68,6 @@ def fitted(name: str, **given: Any) -> PytorchOOD:
 
 def scored(detector: PytorchOOD, features: Tensor) -> Tensor:
     return score(detector, Logits(features, None, 1.0), ImageFeatures(features, features[:, None]))
-
-
-def message_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
-        function(*args, **kwargs)
-    return str(raised.value)
 
 
 def knn(train: np.ndarray, labels: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from setar_peft.detection.scores import SCORES, chosen_scores, find_score, score
 from setar_peft.detection.scoring import Reading, Score
 from tests.backbones.checks import randomised
 from tests.detection.pictures import pictures
+from tests.refusals import message_of
 
 FUSED = sorted(name for name, entry in SCORES.items() if entry.reads == {"global_logits"})
 
@@ -50,12 +51,6 @@ def readings(logits: Logits, batch: int = 1000) -> list[Reading]:
         empty = torch.zeros(len(part[0]), 1)  # type: ignore[arg-type]
         found.append(Reading(Logits(*part), ImageFeatures(empty, empty), torch.full((len(empty),), -1)))
     return found
-
-
-def message_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
-        function(*args, **kwargs)
-    return str(raised.value)
 
 
 def searched_by_hand(scores: np.ndarray, bins: int) -> tuple[float, tuple[int, ...]]:

@@ -24,6 +24,7 @@ from setar_peft.detection.metrics import (
     fpr_at_tpr,
     ood_metrics,
 )
+from tests.refusals import message_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -343,12 +344,6 @@ def test_accuracy() -> None:
     first_of_equals = torch.zeros(1, 3)
     assert accuracy(first_of_equals, torch.tensor([0])) == 1.0
     assert accuracy(first_of_equals, torch.tensor([1])) == 0.0
-
-
-def message_of(function, *args, **kwargs) -> str:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
-        function(*args, **kwargs)
-    return str(raised.value)
 
 
 @pytest.mark.parametrize("function", [fpr_at_tpr, auroc, aupr_in, aupr_out, detection_accuracy, ood_metrics])

@@ -147,7 +147,10 @@ def test_a_graph_gives_what_the_model_gives_at_any_batch_size(family: str, tmp_p
 
 def test_every_score_and_ones_own_can_be_exported(tmp_path: Path) -> None:
     model, path = make_model("clip"), tmp_path / "model.onnx"
-    classes, readers = make_classes(model), [score for score in SCORES.values() if not score.needs_fit]
+    # torch 2.8 to 2.10 refuse the entropy's `entr`, and the export says so.
+    left_out = set() if tuple(map(int, torch.__version__.split(".")[:2])) > (2, 10) else {"entropy"}
+    classes = make_classes(model)
+    readers = [score for name, score in SCORES.items() if not score.needs_fit and name not in left_out]
 
     def every(
         global_logits: Tensor, local_logits: Tensor, layer_logits: Tensor, negative_logits: Tensor, features: Tensor
@@ -166,16 +169,26 @@ def test_every_score_and_ones_own_can_be_exported(tmp_path: Path) -> None:
     assert expected.std() > 0.01
 
 
-def test_active_adapters_are_merged_into_the_graph_and_not_into_the_model(tmp_path: Path) -> None:
-    base = make_model("vit")
-    classes = make_classes(base)
-    adapted: Any = get_peft_model(base, SeTARConfig(rank_ratios={"vit.layers.1.mlp.fc1": 0.5}))
-    adapted.train()
+def truncated() -> Any:
+    return get_peft_model(make_model("vit"), SeTARConfig(rank_ratios={"vit.layers.1.mlp.fc1": 0.5}))
+
+
+@pytest.fixture(scope="module")
+def base_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of `truncated` with its adapter switched off."""
+    path, adapted = tmp_path_factory.mktemp("base") / "base.onnx", truncated().train()
+    with adapted.disable_adapter():
+        export(adapted, path)
+    assert all(module.training for module in adapted.modules())
+    return path
+
+
+def test_active_adapters_are_merged_into_the_graph_and_not_into_the_model(base_graph: Path, tmp_path: Path) -> None:
+    adapted = truncated().train()
+    classes = make_classes(adapted.get_base_model())
     before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     states = torch.get_rng_state()
     export(adapted, tmp_path / "model.onnx")
-    with adapted.disable_adapter():
-        export(adapted, tmp_path / "base.onnx")
     assert torch.equal(torch.get_rng_state(), states)
     assert all(module.training for module in adapted.modules())
     assert not any(getattr(module, "merged", False) for module in adapted.modules())
@@ -187,7 +200,7 @@ def test_active_adapters_are_merged_into_the_graph_and_not_into_the_model(tmp_pa
     with adapted.disable_adapter():
         without, _ = by_the_model(adapted, classes, score, settings, inputs)
     np.testing.assert_allclose(by_onnxruntime(tmp_path / "model.onnx", inputs)["score"], expected, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(by_onnxruntime(tmp_path / "base.onnx", inputs)["score"], without, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(by_onnxruntime(base_graph, inputs)["score"], without, rtol=0, atol=1e-5)
     assert (expected - without).abs().max() > 1e-3
     # The factors are no part of the file.
     names = {tensor.name for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
@@ -252,19 +265,15 @@ def test_weights_that_one_file_cannot_hold_go_beside_it_and_the_graph_says_what_
 
 
 def test_a_graph_that_differs_from_the_model_is_not_left_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapted = get_peft_model(make_model("vit"), SeTARConfig(rank_ratios={"vit.layers.1.mlp.fc1": 0.5}))
-    with adapted.disable_adapter():
-        export(adapted, tmp_path / "base.onnx")
-    monkeypatch.setattr(
-        onnx_graph.DetectorGraph, "write", lambda _, path, metadata: shutil.copy(tmp_path / "base.onnx", path)
-    )
+    adapted = truncated()
+    monkeypatch.setattr(onnx_graph.DetectorGraph, "write", lambda _, path, metadata: shutil.copy(base_graph, path))
 
     def refused(said: str) -> None:
         with pytest.raises(ValueError, match=f"onnxruntime.*{said}.*nothing was written"):
             export(adapted, tmp_path / "new" / "model.onnx")
-        assert not list((tmp_path / "new").iterdir())
+        assert not (tmp_path / "new").exists()
 
     # What the base computes is not what the adapter computes.
     refused("score differs from the model's by up to")
@@ -436,7 +445,7 @@ def test_a_detector_that_cannot_decide_or_was_changed_is_not_exported(detector: 
         export_detector(detector, tmp_path / "onnx")
     detector.at(threshold=0.3)
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds files; give a new folder"):
+    with pytest.raises(ValueError, match=r"is not an empty folder; give a new one"):
         export_detector(detector, tmp_path)
     with torch.no_grad():
         detector.model.visual_projection.weight.mul_(2)

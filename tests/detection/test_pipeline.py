@@ -181,9 +181,10 @@ def test_what_is_no_detector_or_is_not_the_detectors_is_refused(
         make(detector, tpr=0.5, threshold=0.5)
 
 
-@pytest.mark.parametrize("first", ["setar_peft", "transformers.pipelines"])
-def test_the_task_is_known_whatever_is_imported_first_and_nothing_heavy_is_imported(first: str) -> None:
-    code = f"""
+def test_the_task_is_known_whatever_is_imported_first_and_nothing_heavy_is_imported() -> None:
+    """In two processes at once, which spend their time on imports."""
+    codes = [
+        f"""
 import sys
 import {first}
 import setar_peft
@@ -193,4 +194,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 assert "ood-detection" in PIPELINE_REGISTRY.get_supported_tasks()
 assert not [name for name in sys.modules if name in ("setar_peft.detection.detector", "setar_peft.backbones")]
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+        for first in ("setar_peft", "transformers.pipelines")
+    ]
+    processes = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code]) for code in codes]
+    assert [process.wait() for process in processes] == [0, 0]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from setar_peft.detection.record import Columns, Detection, Detections
+from setar_peft.detection.columns import Columns
+from setar_peft.detection.record import Detection, Detections
 
 KNOWN = Detection("a.png", "cat", 0.75, 1.5, True, 1.25, (("cat", 0.75), ("dog", 0.25)))
 UNKNOWN = Detection("b.png", "dog", 0.5, 1.0, False, 1.25, (("dog", 0.5),))

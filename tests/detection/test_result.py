@@ -102,7 +102,7 @@ def test_one_set_has_no_mean_and_one_model_no_difference() -> None:
 
 def test_scores_may_be_tensors_of_any_precision_and_are_named_where_they_are_none() -> None:
     known, unknown = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16, requires_grad=True), [0.0, 1.5]
-    assert Evaluation.of_scores(known, {"noise": unknown}).metrics("noise", "score").auroc == 5 / 6
+    assert Evaluation.of_scores(known, {"noise": unknown}).metrics("noise", "score").auroc == pytest.approx(5 / 6)
     with pytest.raises(ValueError, match="mine hold NaN or infinity in 1 of 2"):
         Evaluation.of_scores([1.0, 2.0], {"noise": [0.0, math.nan]}, score="mine")
 

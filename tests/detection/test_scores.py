@@ -18,6 +18,7 @@ from setar_peft.backbones import Logits
 from setar_peft.detection import per_image, scores
 from setar_peft.detection.neglabel import neglabel
 from setar_peft.detection.scores import SCORES, find_score, gl_mcm, local_mcm, logit_gap
+from tests.refusals import message_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -317,7 +318,7 @@ def test_every_score_is_named_once() -> None:
         if function.__module__ == scores.__name__ and not name.startswith("_")
     }
     public |= {neglabel.__name__}
-    assert public - {"score", "find_score", "chosen_scores", "register_score"} == set(SCORES)
+    assert public - {"score", "find_score", "chosen_score", "chosen_scores", "register_score"} == set(SCORES)
     for name, entry in SCORES.items():
         assert entry.function is getattr(scores, name)
         assert find_score(entry.function) is entry
@@ -411,12 +412,6 @@ def test_the_published_scores_are_of_cosines(shared_data: Path) -> None:
 def test_local_logits_are_optional_and_unread_where_not_needed(logits, name: str) -> None:
     global_logits, local_logits = logits
     assert torch.equal(score(name, global_logits), score(name, global_logits, local_logits))
-
-
-def message_of(function, *args, **kwargs) -> str:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
-        function(*args, **kwargs)
-    return str(raised.value)
 
 
 def test_unknown_score() -> None:

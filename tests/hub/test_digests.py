@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from setar_peft import SeTARConfig
-from setar_peft.hub.digests import adapter_digest, model_digest, tensors_digest
+from setar_peft.hub.digests import adapter_digest, facts_digest, model_digest, tensors_digest
 from setar_peft.tuner.checkpoint import unprefixed
 
 RATIOS = {"vision_model.encoder.layers.0.mlp.fc1": 0.25, "text_model.encoder.layers.1.mlp.fc1": 0.5}
@@ -98,3 +98,9 @@ def test_large_tensors_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     whole = tensors_digest(tensor)
     monkeypatch.setattr("setar_peft.hub.digests._BLOCK", 7)
     assert tensors_digest(tensor) == whole
+
+
+def test_a_key_is_the_same_in_every_process() -> None:
+    """Neither addresses nor the order of sets, which Python changes from process to process, are in it."""
+    assert facts_digest(modules={"b", "a"}, objective=object()) == facts_digest(modules=["a", "b"], objective=object())
+    assert facts_digest(modules={"b"}) != facts_digest(modules={"a"})

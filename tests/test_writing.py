@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from setar_peft.hub.whole_folder import written_whole
+from setar_peft.writing import whole_files
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -16,7 +16,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_files_are_replaced_added_and_removed(tmp_path: Path) -> None:
     for name in ("a", "b", "old.bin", "mine.txt"):
         (tmp_path / name).write_text("before")
-    with written_whole(tmp_path, ["old.*", "a", "none"]) as unfinished:
+    with whole_files(tmp_path, ["old.*", "a", "none"]) as unfinished:
         (unfinished / "a").write_text("after")
         (unfinished / "sub").mkdir()
         (unfinished / "sub" / "c").write_text("new")
@@ -30,7 +30,7 @@ def test_after_an_error_nothing_is_there(error: type[BaseException], tmp_path: P
     (tmp_path / "a").write_text("before")
 
     def half_written(folder: Path) -> None:
-        with written_whole(folder, ["a"]) as unfinished:
+        with whole_files(folder, ["a"]) as unfinished:
             (unfinished / "b").write_text("half")
             raise error
 
@@ -58,7 +58,7 @@ def test_an_error_while_moving_is_taken_back(fails_at: int, tmp_path: Path, monk
     monkeypatch.setattr(Path, "rename", failing)
 
     def written() -> None:
-        with written_whole(tmp_path, ["stale"]) as unfinished:
+        with whole_files(tmp_path, ["stale"]) as unfinished:
             for name in ("a", "b", "c"):
                 (unfinished / name).write_text("after")
 
@@ -70,5 +70,5 @@ def test_an_error_while_moving_is_taken_back(fails_at: int, tmp_path: Path, monk
 
 def test_a_file_in_the_folder_s_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("before")
-    with pytest.raises(ValueError, match="a is a file; give the name of a folder"), written_whole(tmp_path / "a"):
+    with pytest.raises(ValueError, match="a is a file; give the name of a folder"), whole_files(tmp_path / "a"):
         pass
