@@ -78,6 +78,7 @@ def test_with_a_budget_memory_does_not_grow_with_the_images(load_clip: Clip, cli
         pixels = objective.images._images
         objective.images._images = pixels.repeat(images // len(pixels), 1, 1, 1)
         objective.images.labels = objective.images.labels.repeat(images // len(pixels))
+        objective.images.numbers = range(len(objective.images.labels))
         config, model = SeTARConfig(candidate_ratios=[0.2], recording_memory=memory), load_clip()
         with PeakMemory() as measured:
             search_rank_ratios(model, objective, config, progress=False)
