@@ -135,7 +135,9 @@ def test_what_would_be_ignored_is_refused(
     if objective == "callable":
         given = lambda _: 0.0  # noqa: E731
     elif objective == "metric":
-        given = PatchMetricObjective(given._prompts._tokenizer, given.class_names, given.images._images, given.images.labels)
+        given = PatchMetricObjective(
+            given._prompts._tokenizer, given.class_names, given.images._images, given.images.labels
+        )
     with pytest.raises(ValueError, match=message):
         search_rank_ratios(load_clip(), given, SeTARConfig(**settings), progress=False)
 
