@@ -1,6 +1,6 @@
 """Tables 1 and 15 of the paper from the scores that its authors published, as far as those go.
 
-    SETAR_DATA=<folder with scores/> python benchmarks/published_scores.py
+    SETAR_DATA=<folder with scores/> python -m benchmarks.published_scores
 
 Prints our figures, the paper's, and the differences, in percentage points. The published scores are lower for ID, so
 their sign is turned; ID is the positive class, and the threshold's recall is the closest to 95 %.

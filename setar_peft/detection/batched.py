@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from setar_peft.detection.adapters import active_adapters, adapted_modules
-from setar_peft.detection.model_state import adapters_of, records_of
 from setar_peft.hub.digests import adapter_digest, facts_digest, model_digest, tensors_digest
 from setar_peft.hub.processors import preprocessing_of
 from setar_peft.versions import __version__
@@ -33,8 +32,6 @@ class _Detector(Protocol):
 # Detectors by digest. Processes that are forked from this one have them, too.
 _LIVE: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _HOME = os.getpid()
-# Of a model: what tells whether it was changed, and the digests of its weights, which take their time.
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[str]]] = weakref.WeakKeyDictionary()
 
 
 class Batched:
@@ -158,14 +155,9 @@ def detector_digest(detector: Any) -> str:
 
 
 def _weights(model: nn.Module) -> list[str]:
-    state = records_of(model), adapters_of(model)
-    if _KNOWN.get(model, (None,))[0] != state:
-        if any(getattr(layer, "merged", False) for _, layer in adapted_modules(model)):
-            digests = [tensors_digest(model.state_dict())]
-        else:
-            digests = [model_digest(model), *(adapter_digest(model, name) for name in active_adapters(model))]
-        _KNOWN[model] = state, digests
-    return _KNOWN[model][1]
+    if any(getattr(layer, "merged", False) for _, layer in adapted_modules(model)):
+        return [tensors_digest(model.state_dict())]
+    return [model_digest(model), *(adapter_digest(model, name) for name in active_adapters(model))]
 
 
 def _code(score: Any) -> list[Any]:

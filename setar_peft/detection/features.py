@@ -252,6 +252,6 @@ def image_logits(
     Raises:
         ValueError: If the family of the model is not known, or the images do not fit it.
     """
-    with evaluation_mode(model) as (backbone, _):
-        weights = classes if isinstance(classes, ClassWeights) else classes.class_weights(backbone)
-        return backbone.logits(inputs, weights)
+    with reading(model, classes) as reader:
+        (weights,) = reader.classes.values()
+        return reader.backbone.logits(inputs, weights)

@@ -168,7 +168,7 @@ def test_lines_come_while_it_runs_and_a_closed_pipe_is_no_error(saved_detector: 
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("encoding", ["ascii"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_names_that_an_output_cannot_show_are_escaped(saved_detector: Path, tmp_path: Path, encoding: str) -> None:
     """A file's name on Linux is bytes, and a terminal may know fewer characters."""
     folder = tmp_path / "büro"

@@ -59,6 +59,15 @@ def test_what_cannot_be_read_is_a_row_with_an_error(make: Any, tmp_path: Path) -
     assert "001.png cannot be read" in mapped["error"][1]
 
 
+def test_a_cache_sees_weights_that_were_written_unseen(make: Any) -> None:
+    """As averaged weights are swapped in: through `.data`, of which torch keeps no record."""
+    detector = make()
+    before = Hasher.hash(detector.on("image"))
+    assert Hasher.hash(detector.on("image")) == before
+    detector.model.visual_projection.weight.data.mul_(2)
+    assert Hasher.hash(detector.on("image")) != before
+
+
 def test_a_cache_sees_what_changes_a_verdict_and_nothing_else(make: Any, class_names: list[str]) -> None:
     def margin(global_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         first, second = (global_logits / temperature).topk(2).values.unbind(-1)

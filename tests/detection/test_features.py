@@ -9,11 +9,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from setar_peft import SeTARConfig, SeTARLayer
-from setar_peft.backbones import ClassWeights, backbone_of
+from setar_peft.backbones import ClassWeights, ImageFeatures, backbone_of
 from setar_peft.data.images import ImageSource
 from setar_peft.detection.adapters import adapter_in_use, blocks_below_adapters
 from setar_peft.detection.features import image_logits, reading
-from setar_peft.detection.scores import SCORES, score
+from setar_peft.detection.scores import SCORES, local_mcm, score
 from setar_peft.objectives.class_prompts import ClassPrompts
 from tests.demo.conftest import one_thread  # noqa: F401 - every test here uses it
 
@@ -161,6 +161,48 @@ def test_adapters_that_are_not_there_are_refused(model: Any, prompts: Any) -> No
         reading(peft_model, prompts, adapters={"a": None}),
     ):
         pass
+
+
+def test_local_logits_are_only_made_where_a_score_reads_them_and_never_for_a_whole_batch(
+    model: Any, prompts: Any, golden_clip: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = ImageSource(None, golden_clip["pixel_values"], batch_size=24)
+    shapes: list[tuple[int, ...]] = []
+    logits = ClassWeights.logits
+
+    def recorded(classes: Any, features: Tensor) -> Tensor:
+        shapes.append(tuple(features.shape))
+        return logits(classes, features)
+
+    monkeypatch.setattr(ClassWeights, "logits", recorded)
+    with reading(model, prompts) as reader:
+        all_outputs(reader, inputs, ["mcm", "energy"])
+        assert shapes
+        assert all(len(shape) == 2 for shape in shapes)
+        monkeypatch.setattr("setar_peft.detection.features.LOCAL_LOGITS_CHUNK", {"cpu": 2 * 16 * 6})
+        all_outputs(reader, inputs, ["gl_mcm"])
+    assert max(shape[0] for shape in shapes if len(shape) == 3) == 2
+
+
+def test_patches_that_are_padding_count_for_nothing() -> None:
+    local = torch.randn(3, 4, 5)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
+    padded = ClassWeights(torch.eye(5)).logits_of(ImageFeatures(torch.randn(3, 5), local, mask))
+    assert padded.local is not None
+    for image, logits, real in zip(local, padded.local, mask, strict=True):
+        assert torch.equal(local_mcm(logits[None], 1.0), local_mcm(image[real][None], 1.0))
+
+
+def test_logits_of_a_batch_leave_the_model_in_the_mode_it_was_in(model: Any, prompts: Any, inputs: Any) -> None:
+    model.train()
+    model.text_model.eval()
+    before = [module.training for module in model.modules()]
+    pixels, _ = next(inputs.batches())
+    assert not image_logits(model, prompts, pixels).pooled.requires_grad
+    assert [module.training for module in model.modules()] == before
+    with pytest.raises(ValueError, match="The images have shape"):
+        image_logits(model, prompts, pixels[..., :16])
+    assert [module.training for module in model.modules()] == before
 
 
 def _count_calls(model: Any) -> list[int]:
