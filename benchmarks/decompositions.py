@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import described, median_seconds
-from setar_peft.decomposition import svd_by_gram
+from setar_peft.decomposition import gram_eigenvectors
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     batch = gram.expand(4, -1, -1).contiguous()
     work = {
         "svd_float32": lambda: torch.linalg.svd(matrix, full_matrices=False),
-        "svd_by_gram": lambda: svd_by_gram(matrix),
+        "gram_eigenvectors": lambda: gram_eigenvectors(matrix),
         "eigh_float64": lambda: torch.linalg.eigh(gram),
         "eigh_float64_of_a_batch_of_4": lambda: torch.linalg.eigh(batch),
     }

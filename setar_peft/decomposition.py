@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -119,25 +120,43 @@ class KnownSplit(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """The singular value decomposition of one weight, from which every rank ratio is served.
+class Decomposition(ABC):
+    """The singular value decomposition W = U diag(S) Vh of one weight, from which every rank ratio is served.
 
     Attributes:
-        u: Left singular vectors, (m, min(m, n)).
+        shape: (m, n) of the weight.
         s: Singular values in decreasing order, (min(m, n),).
-        vh: Right singular vectors, (min(m, n), n).
         removal_order: Indices of all components in the order in which a growing ratio removes them, so
             that the residual of a larger ratio contains the one of a smaller ratio.
     """
 
-    u: Tensor
+    shape: torch.Size
     s: Tensor
-    vh: Tensor
     removal_order: Tensor
+
+    @abstractmethod
+    def kept(self, rank_ratio: float) -> Tensor:
+        """The kept part W_hat = W - B0 @ A0 of the weight, (m, n) (Eq. 5).
+
+        Raises:
+            ValueError: If the ratio is outside [0, 1).
+        """
+
+    @abstractmethod
+    def residual_of(self, components: Tensor) -> Residual:
+        """Factors B0 (m, r) and A0 (r, n) of the given components, (r,) integer indices."""
+
+    @abstractmethod
+    def contributions(self, gradient: Tensor) -> Tensor:
+        """By how much removing each component changes a loss to first order: -sigma_i u_i^T G v_i, (min(m, n),).
+
+        Args:
+            gradient: G = dL/dW, (m, n), at the weight itself or at what is left of it.
+        """
 
     def removed_components(self, rank_ratio: float) -> Tensor:
         """Indices of the components that `rank_ratio` removes, in decreasing order of singular value."""
-        rank = residual_rank((self.u.shape[0], self.vh.shape[1]), rank_ratio)
+        rank = residual_rank(self.shape, rank_ratio)
         return self.removal_order[:rank].sort().values
 
     def residual(self, rank_ratio: float) -> Residual:
@@ -148,27 +167,77 @@ class Decomposition:
         """
         return self.residual_of(self.removed_components(rank_ratio))
 
+
+@dataclass(frozen=True)
+class _TwoSided(Decomposition):
+    """Both sides' singular vectors, as LAPACK gives them: U (m, k) and Vh (k, n), with k = min(m, n)."""
+
+    u: Tensor
+    vh: Tensor
+
     def kept(self, rank_ratio: float) -> Tensor:
-        """The kept part W_hat of the weight, (m, n): the sum over the components left by `rank_ratio` (Eq. 5).
-
-        Equal to W - B0 @ A0 up to rounding; summed like this, it repeats the published code's figures to the bit
-        where the LAPACK is the same.
-
-        Raises:
-            ValueError: If the ratio is outside [0, 1).
-        """
+        # The sum over what is left repeats the published code's figures to the bit where the LAPACK is the same.
         keep = torch.ones_like(self.s, dtype=torch.bool)
         keep[self.removed_components(rank_ratio)] = False
         with exact_float32(self.u.device):
             return (self.u[:, keep] * self.s[keep]) @ self.vh[keep]
 
     def residual_of(self, components: Tensor) -> Residual:
-        """Factors B0 (m, r) and A0 (r, n) of the given components, (r,) integer indices."""
         root = self.s[components].sqrt()
         return Residual((self.u[:, components] * root).contiguous(), root[:, None] * self.vh[components])
 
+    def contributions(self, gradient: Tensor) -> Tensor:
+        with exact_float32(self.u.device):
+            return -self.s * ((self.u.T @ gradient.to(self.u.dtype)) * self.vh).sum(1)
 
-def decompose(weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, name: str = "weight") -> Decomposition:
+
+@dataclass(frozen=True)
+class _OneSided(Decomposition):
+    """The weight W and the singular vectors of its shorter side, (k, k) with k = min(m, n), one a column.
+
+    The other side's are W v_i / sigma_i, and are formed for what is removed: W_hat = W - (W V_r) V_r^T.
+    """
+
+    weight: Tensor
+    vectors: Tensor
+
+    def kept(self, rank_ratio: float) -> Tensor:
+        removed = self.vectors[:, self.removed_components(rank_ratio)]
+        with exact_float32(self.weight.device):
+            tall = self._tall(self.weight.float())
+            return self._tall(tall - (tall @ removed) @ removed.T)
+
+    def residual_of(self, components: Tensor) -> Residual:
+        vectors, root = self.vectors[:, components], self.s[components].sqrt()
+        with exact_float32(self.weight.device):
+            # A component that float32 cannot tell from 0 has one side of its own length and the other of none.
+            scale = torch.where(self.s[components] > 1e-7 * self.s.amax(), 1 / root, 0)
+            long, short = (self._tall(self.weight.float()) @ vectors) * scale, vectors * root
+        left, right = (short, long) if self._is_wide else (long, short)
+        return Residual(left.contiguous(), right.T.contiguous())
+
+    def contributions(self, gradient: Tensor) -> Tensor:
+        # sigma_i u_i^T G v_i = v_i^T (W^T G) v_i, for which u_i need not exist.
+        with exact_float32(self.weight.device):
+            product = self._tall(self.weight.float()).T @ self._tall(gradient.float())
+            return -((product @ self.vectors) * self.vectors).sum(0)
+
+    @property
+    def _is_wide(self) -> bool:
+        return self.shape[0] < self.shape[1]
+
+    def _tall(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self._is_wide else matrix
+
+
+def decompose(
+    weight: Tensor,
+    prune: PruneStrategy = "minor",
+    *,
+    seed: int = 0,
+    name: str = "weight",
+    by_gram: bool | None = None,
+) -> Decomposition:
     """Decompose a weight W = U diag(S) Vh (paper, Eq. 4) in float32, or in float64 if it is float64.
 
     Args:
@@ -178,6 +247,11 @@ def decompose(weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, 
         seed: Seed of the random draw. One draw a layer: `name` is mixed into the seed, so that the draw
             depends neither on the order of layers nor on the process.
         name: Name of the layer, for the errors and for the random draw.
+        by_gram: Whether by the eigenvectors of the smaller Gram matrix, W^T W or W W^T, in float64, which takes about
+            half as long as an SVD and is nearer to the exact split than one in float32 (`python -m
+            benchmarks.decompositions`). By default on a GPU alone, whose SVD is iterative and slow (pytorch issue
+            41306): on a CPU LAPACK's SVD repeats the published code's figures to its own rounding. A float64 weight,
+            of which a Gram matrix would lose half the digits, always goes through an SVD.
 
     Raises:
         ValueError: If the weight is not a 2-D floating matrix, holds NaN or infinity, or `prune` is unknown.
@@ -202,30 +276,26 @@ def decompose(weight: Tensor, prune: PruneStrategy = "minor", *, seed: int = 0, 
             f"{name} holds NaN or infinity, so it has no singular values. Load the checkpoint again, "
             "or take the layer out of target_modules."
         )
-    by_gram = matrix.is_cuda and matrix.dtype == torch.float32
-    u, s, vh = svd_by_gram(matrix) if by_gram else torch.linalg.svd(matrix, full_matrices=False)
-    return Decomposition(u, s, vh, _removal_order(len(s), prune, seed, name).to(u.device))
+    order = _removal_order(min(matrix.shape), prune, seed, name).to(matrix.device)
+    if (matrix.is_cuda if by_gram is None else by_gram) and matrix.dtype == torch.float32:
+        values, vectors = gram_eigenvectors(matrix)
+        return _OneSided(matrix.shape, values, order, weight.detach(), vectors)
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return _TwoSided(matrix.shape, s, order, u, vh)
 
 
-def svd_by_gram(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of a float32 matrix (m, n), from the eigenvectors of W^T W or W W^T in float64.
+def gram_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values of a float32 matrix (m, n) and the singular vectors of its shorter side.
 
-    For GPUs, whose SVD is iterative and slow: https://github.com/pytorch/pytorch/issues/41306. In float64 the Gram
-    matrix loses less than float32 can hold. Singular vectors of values below 1e-7 of the largest, which float32 cannot
-    tell from 0, may be zero on one side.
+    In float64 the Gram matrix loses less than float32 can hold.
 
     Returns:
-        U (m, k), S (k,) in decreasing order, and Vh (k, n), with k = min(m, n), float32.
+        S (k,) in decreasing order, and the vectors (k, k), one a column, with k = min(m, n), float32.
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        u, s, vh = svd_by_gram(matrix.T)
-        return vh.T.contiguous(), s, u.T.contiguous()
     exact = matrix.double()
-    values, vectors = torch.linalg.eigh(exact.T @ exact)
-    s, v = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    scaled = exact @ v
-    u = torch.where(s > 1e-7 * s.amax(), scaled / s, 0)
-    return u.float(), s.float(), v.T.float().contiguous()
+    gram = exact @ exact.T if matrix.shape[0] < matrix.shape[1] else exact.T @ exact
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(0).clamp(min=0).sqrt().float(), vectors.flip(1).float().contiguous()
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -19,9 +19,9 @@ from setar_peft.decomposition import (
     base_agreement,
     check_rank_ratio,
     decompose,
+    gram_eigenvectors,
     kept_rank,
     residual_rank,
-    svd_by_gram,
     tensor_digest,
 )
 
@@ -124,37 +124,76 @@ class TestSplit:
 
 
 class TestByGram:
-    """The decomposition that GPUs run, which is the same on a CPU."""
+    """The decomposition of GPUs and of screened searches: one side's vectors, by a Gram matrix."""
 
+    @pytest.mark.parametrize("prune", PRUNE_STRATEGIES)
     @pytest.mark.parametrize("shape", [*SHAPES, (192, 48), (48, 192)])
-    def test_equals_the_singular_value_decomposition(self, shape: tuple[int, int]) -> None:
+    def test_serves_every_ratio_as_the_singular_value_decomposition_does(
+        self, shape: tuple[int, int], prune: str
+    ) -> None:
         weight = _weight(shape, torch.float32)
-        u, s, vh = svd_by_gram(weight)
-        size = min(shape)
-        assert [part.dtype for part in (u, s, vh)] == [torch.float32] * 3
-        torch.testing.assert_close(s, torch.linalg.svdvals(weight.double()).float(), rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(u.T @ u, torch.eye(size), rtol=0, atol=1e-5)
-        torch.testing.assert_close(vh @ vh.T, torch.eye(size), rtol=0, atol=1e-5)
-        torch.testing.assert_close((u * s) @ vh, weight, rtol=0, atol=5e-6)
+        exact, by_gram = decompose(weight.double(), prune), decompose(weight, prune, by_gram=True)  # type: ignore[arg-type]
+        torch.testing.assert_close(by_gram.s, exact.s.float(), rtol=1e-6, atol=1e-6)
+        for ratio in RATIOS:
+            kept, (b0, a0) = by_gram.kept(ratio), by_gram.residual(ratio)
+            assert kept.dtype == b0.dtype == a0.dtype == torch.float32
+            assert (b0.shape, a0.shape) == tuple(part.shape for part in exact.residual(ratio))
+            torch.testing.assert_close(kept.double(), exact.kept(ratio), rtol=0, atol=5e-6)
+            torch.testing.assert_close(kept + b0 @ a0, weight, rtol=0, atol=5e-6)
+            # Both sides carry the root of the singular values, as the factors that are fine-tuned do.
+            roots = exact.s[exact.removed_components(ratio)].sqrt().float()
+            torch.testing.assert_close(b0.norm(dim=0), roots, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a0.norm(dim=1), roots, rtol=1e-4, atol=1e-5)
+
+    def test_the_vectors_are_orthonormal(self) -> None:
+        values, vectors = gram_eigenvectors(_weight((40, 24), torch.float32))
+        assert (values.shape, vectors.shape) == ((24,), (24, 24))
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(24), rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("shape", [(12, 7), (7, 12)])
     def test_a_weight_of_low_rank(self, shape: tuple[int, int]) -> None:
         weight = (_weight((shape[0], 2)) @ _weight((2, shape[1]), seed=1)).float()
-        u, s, vh = svd_by_gram(weight)
-        assert torch.isfinite(torch.cat([u.flatten(), s, vh.flatten()])).all()
-        torch.testing.assert_close((u[:, :2] * s[:2]) @ vh[:2], weight, rtol=0, atol=1e-5)
-        assert s[2:].max() < 1e-5
+        split = decompose(weight, by_gram=True)
+        b0, a0 = split.residual(0.7)
+        assert torch.isfinite(b0).all()
+        assert torch.isfinite(a0).all()
+        torch.testing.assert_close(split.kept(0.7), weight, rtol=0, atol=1e-5)
+        torch.testing.assert_close(b0 @ a0, torch.zeros(shape), rtol=0, atol=1e-5)
 
     def test_a_weight_of_zeros(self) -> None:
-        u, s, vh = svd_by_gram(torch.zeros(4, 3))
-        assert torch.equal((u * s) @ vh, torch.zeros(4, 3))
+        split = decompose(torch.zeros(4, 3), by_gram=True)
+        assert torch.equal(split.kept(0.4), torch.zeros(4, 3))
+        assert not any(part.any() for part in split.residual(0.4))
 
     def test_is_nearer_to_the_exact_kept_part_than_a_float32_decomposition(self) -> None:
         weight = _weight((192, 48), torch.float32)
         exact = decompose(weight.double()).kept(0.25)
-        u, s, vh = svd_by_gram(weight)
-        by_gram = (u[:, :36] * s[:36]) @ vh[:36]
+        by_gram = decompose(weight, by_gram=True).kept(0.25)
         assert (by_gram - exact).abs().max() < (decompose(weight).kept(0.25) - exact).abs().max()
+
+    def test_a_float64_weight_goes_through_an_svd(self) -> None:
+        weight = _weight((9, 6))
+        assert torch.equal(decompose(weight, by_gram=True).kept(0.3), decompose(weight).kept(0.3))
+
+
+class TestContributions:
+    @pytest.mark.parametrize("by_gram", [False, True])
+    @pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+    def test_are_the_inner_products_with_what_is_removed(self, shape: tuple[int, int], by_gram: bool) -> None:
+        """To first order the loss changes by -<G, B0 A0>, whichever side's vectors are at hand."""
+        dtype = torch.float32 if by_gram else torch.float64
+        weight, gradient = _weight(shape, dtype), _weight(shape, dtype, seed=3)
+        split = decompose(weight, "random", by_gram=by_gram)
+        contributions = split.contributions(gradient)
+        assert contributions.shape == (min(shape),)
+        for ratio in RATIOS:
+            b0, a0 = split.residual(ratio)
+            predicted = contributions[split.removed_components(ratio)].sum()
+            torch.testing.assert_close(predicted, -(gradient * (b0 @ a0)).sum(), rtol=1e-4, atol=1e-5)
+        # One by one, by vectors that LAPACK found.
+        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        expected = -s * torch.einsum("mi,mn,in->i", u, gradient.double(), vh)
+        torch.testing.assert_close(contributions.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 class TestDigest:
