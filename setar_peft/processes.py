@@ -17,6 +17,7 @@ class Processes:
 
     Args:
         device: Where the model computes.
+        alone: Whether this process works by itself, whatever was launched.
 
     Attributes:
         index: Number of this process.
@@ -26,8 +27,8 @@ class Processes:
         ValueError: If that is another process's GPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._state = _joined(cpu=device.type == "cpu") if _are_several() else None
+    def __init__(self, device: torch.device, *, alone: bool = False) -> None:
+        self._state = _joined(cpu=device.type == "cpu") if _are_several() and not alone else None
         self.index: int = self._state.process_index if self._state else 0
         self.count: int = self._state.num_processes if self._state else 1
         own = self._state.device if self._state else device

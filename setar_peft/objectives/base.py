@@ -40,12 +40,15 @@ class Objective(ABC):
         prompt_batch_size: Class prompts encoded at once; None for as many as suit the device.
         sums_size: How many numbers `sums` gives.
         criteria: Which of the loss and its parts a search may minimise: "total", "id", "ood".
+        is_differentiable: Whether `sums` have a gradient that says where the loss falls. Counts above a threshold have
+            none, so that a screened search refuses them.
     """
 
     prompt: str | Sequence[str] | None = None
     prompt_batch_size: int | None = None
     sums_size: ClassVar[int] = len(LossSums._fields)
     criteria: ClassVar[tuple[str, ...]] = ("total", "id", "ood")
+    is_differentiable: ClassVar[bool] = True
 
     @abstractmethod
     def batches(self) -> Iterator[tuple[Tensor | Mapping[str, Tensor], Tensor]]:
@@ -82,6 +85,31 @@ class Objective(ABC):
     @abstractmethod
     def values(self, sums: Tensor) -> LossValues:
         """The loss and its parts from the sums over all images."""
+
+    def slope(self, sums: Tensor, criterion: str = "total") -> Tensor:
+        """The derivative of the loss, or of a part of it, by each of its sums.
+
+        By central differences of `values` in float64: for a loss that is linear in a sum, or a ratio of sums, right to
+        about 1e-10.
+
+        Args:
+            sums: Over all images, (k,).
+            criterion: "total", "id" or "ood".
+
+        Returns:
+            (k,), float64, on the CPU.
+        """
+        at = sums.detach().to("cpu", torch.float64)
+        slope = torch.zeros_like(at)
+        for index, value in enumerate(at.tolist()):
+            step = max(1.0, abs(value)) * 2.0**-17
+            ends = []
+            for end in (value - step, value + step):
+                moved = at.clone()
+                moved[index] = end
+                ends.append(self.values(moved).part(criterion))
+            slope[index] = (ends[1] - ends[0]) / (2 * step)
+        return slope
 
     def check_classes(self, backbone: Backbone) -> None:  # noqa: B027 - an objective may fit any model
         """Raise a `ValueError` if the objective's classes are not the model's."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from setar_peft.backbones import ClassWeights
 
@@ -57,6 +58,10 @@ class LossValues(NamedTuple):
     ood_loss: float = math.nan
     accuracy: float = math.nan
     ood_patch_share: float = math.nan
+
+    def part(self, criterion: str) -> float:
+        """What a search minimises: "total", or one of its parts, "id" or "ood"."""
+        return float({"total": self.total, "id": self.id_loss, "ood": self.ood_loss}[criterion])
 
 
 def ood_patch_mask(local_logits: Tensor, labels: Tensor, top_k: int) -> Tensor:
@@ -129,13 +134,13 @@ def locoop_sums(
     # With K classes or more in the top K no patch is OOD, and the local logits need not exist.
     for start in range(0, len(rows) if top_k < logits.shape[1] else 0, max(1, chunk)):
         part = slice(start, start + max(1, chunk))
-        local_logits = classes.logits(rows[part])
-        is_ood = ood_patch_mask(local_logits[:, None], row_labels[part], top_k)[:, 0]
-        # Of every patch, since a GPU would have to wait to learn which are OOD.
-        ood_loss += torch.where(is_ood, negative_entropy(local_logits, eps), 0).sum(dtype=exact)
-        ood_patches += is_ood.sum()
-        if on_ood_patches is not None:
-            on_ood_patches(local_logits[is_ood])
+        arguments = (rows[part], row_labels[part], classes, top_k, eps, on_ood_patches)
+        if torch.is_grad_enabled() and on_ood_patches is None:
+            # A chunk's logits are formed again on the way back, or all chunks' would wait for it.
+            sums = checkpoint(_ood_sums, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            sums = _ood_sums(*arguments)
+        ood_loss, ood_patches = ood_loss + sums[0], ood_patches + sums[1]
     return LossSums(
         F.cross_entropy(logits, labels, reduction="none").sum(dtype=exact),
         torch.full((), images, dtype=exact, device=logits.device),
@@ -144,6 +149,24 @@ def locoop_sums(
         torch.full((), len(rows), dtype=exact, device=logits.device),
         (logits.argmax(-1) == labels).sum().to(exact),
     )
+
+
+def _ood_sums(
+    rows: Tensor,
+    labels: Tensor,
+    classes: ClassWeights,
+    top_k: int,
+    eps: float,
+    on_ood_patches: Callable[[Tensor], None] | None,
+) -> tuple[Tensor, Tensor]:
+    """Of some patches (rows, d) the OOD loss and the number of those that are OOD, scalars."""
+    exact = torch.float32 if rows.device.type == "mps" else torch.float64
+    local_logits = classes.logits(rows)
+    is_ood = ood_patch_mask(local_logits[:, None], labels, top_k)[:, 0]
+    if on_ood_patches is not None:
+        on_ood_patches(local_logits[is_ood])
+    # Of every patch, since a GPU would have to wait to learn which are OOD.
+    return torch.where(is_ood, negative_entropy(local_logits, eps), 0).sum(dtype=exact), is_ood.sum()
 
 
 def locoop_values(sums: LossSums | Tensor, ood_weight: float) -> LossValues:

@@ -40,6 +40,7 @@ class PatchMetricObjective(LoCoOpObjective):
     sums_size: ClassVar[int] = len(LossSums._fields) + 2 * bins
     # The loss's parts are reported, not minimised.
     criteria: ClassVar[tuple[str, ...]] = ("total",)
+    is_differentiable: ClassVar[bool] = False
 
     def __init__(self, *args: Any, metric: PatchMetric = "auroc", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

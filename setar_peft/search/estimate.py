@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +21,11 @@ from setar_peft.backbones.activations import fuse_activations
 from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import residual_rank
 from setar_peft.objectives.base import Objective
-from setar_peft.search.plan import SearchPlan, block_passes, plan_search
+from setar_peft.processes import Processes
+from setar_peft.search.passes import block_passes
+from setar_peft.search.plan import SearchPlan, plan_search
 from setar_peft.search.recording import MemoryBudget
-from setar_peft.search.replay import SharedPrefix
+from setar_peft.search.replay import ReplayEvaluator, SharedPrefix
 from setar_peft.tuner.config import SeTARConfig
 
 
@@ -34,14 +37,17 @@ class CostEstimate:
         images: Images (or texts) of the objective.
         classes: Classes.
         layers: Layers searched.
-        evaluations: Candidates evaluated.
+        evaluations: Candidates evaluated; in the order "joint" whole rounds, of which the usual number is assumed.
+        gradients: How often the gradient by all layers is computed; 0 for a search that needs none.
         block_passes: Passes of the whole set through one block, by tower.
+        backward_passes: Passes back through one block, by tower, each of about twice the work.
         flops: Floating-point operations of those passes and of the towers' ends.
         recorded_bytes: Hidden states and features that the recordings would hold with room for all of them.
         kept_bytes: Those that they will hold in memory, within `recording_memory`; the rest is computed again.
         disk_bytes: Hidden states that stand for the images and go to a temporary file, where there is no room.
         weight_bytes: Decompositions, truncated weights and removed components held at once.
         activation_bytes: What one batch takes on its way through the towers and the loss.
+        gradient_bytes: What one batch's graph and the layers' gradients take, where there are gradients.
         seconds: Predicted time on this machine.
     """
 
@@ -49,29 +55,36 @@ class CostEstimate:
     classes: int
     layers: int
     evaluations: int
+    gradients: int
     block_passes: dict[str, int]
+    backward_passes: dict[str, int]
     flops: float
     recorded_bytes: int
     kept_bytes: int
     disk_bytes: int
     weight_bytes: int
     activation_bytes: int
+    gradient_bytes: int
     seconds: float
 
     @property
     def peak_bytes(self) -> int:
         """The most memory that the tensors of a search take above the model's, on the device and the host together."""
-        return self.kept_bytes + self.weight_bytes + self.activation_bytes
+        return self.kept_bytes + self.weight_bytes + max(self.activation_bytes, self.gradient_bytes)
 
     def table(self) -> str:
         """The estimate as lines of text."""
-        passes = ", ".join(f"{tower} {count}" for tower, count in self.block_passes.items())
+        passes, back = (
+            ", ".join(f"{tower} {count}" for tower, count in counted.items())
+            for counted in (self.block_passes, self.backward_passes)
+        )
         lines = {
             "images": f"{self.images}",
             "classes": f"{self.classes}",
             "layers": f"{self.layers}",
             "candidates": f"{self.evaluations}",
             "block passes": passes,
+            **({"gradients": f"{self.gradients}, with {back} block passes back"} if self.gradients else {}),
             "operations": f"{self.flops:.3g} FLOP",
             "recordings": f"{_size(self.kept_bytes)} of {_size(self.recorded_bytes)} kept",
             "disk": f"{_size(self.disk_bytes)} for a while, of hidden states that stand for the images",
@@ -138,12 +151,12 @@ def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config
     loss_seconds, loss_bytes, class_weights = _probe_loss(backbone, objective, batches[-1], images)
 
     passes = block_passes(plan, {name: cost.depth for name, cost in costs.items()})
-    flops = sum(costs[name].block_flops * count for name, count in passes.items())
-    seconds = sum(costs[name].block_seconds * count for name, count in passes.items())
-    seconds += plan.evaluations() * loss_seconds + sum(
-        costs[plan.locations[layer].tower].end_seconds * len(plan.candidates[layer]) * plan.passes
-        for layer in plan.locations
-    )
+    # On the way back activations and weights each take what the way there takes.
+    work = {name: count + 2 * passes.backward[name] for name, count in passes.count.items()}
+    flops = sum(costs[name].block_flops * count for name, count in work.items())
+    seconds = sum(costs[name].block_seconds * count for name, count in work.items())
+    seconds += (plan.evaluations() + 3 * plan.rounds) * loss_seconds
+    seconds += _seconds_of_ends(plan, {name: cost.end_seconds for name, cost in costs.items()})
     budget = MemoryBudget(device, config.recording_memory)
     room = int(min(budget.left, 2**62))
     recorded = sum(cost.level_bytes * cost.depth + cost.feature_bytes for cost in costs.values())
@@ -156,32 +169,63 @@ def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config
         len(class_weights.weight),
         len(plan.locations),
         plan.evaluations(),
-        passes,
+        plan.rounds,
+        passes.count,
+        passes.backward,
         flops,
         recorded,
         int(budget.takes_at_most(recorded)),
         max(0, entries - room),
         _weight_bytes(plan, backbone.model),
         max(cost.activation_bytes for cost in costs.values()) + loss_bytes,
+        _gradient_bytes(plan, backbone, objective, config) if plan.is_screened else 0,
         seconds,
     )
 
 
+def _seconds_of_ends(plan: SearchPlan, of_one: Mapping[str, float]) -> float:
+    """Seconds of the towers' ends, which every candidate goes through, from those of one by tower."""
+    if plan.order == "joint":
+        return plan.evaluations() * sum(of_one.values())
+    return sum(of_one[plan.locations[layer].tower] * plan.tried(layer) * plan.passes for layer in plan.locations)
+
+
+def _gradient_bytes(plan: SearchPlan, backbone: Backbone, objective: Objective, config: SeTARConfig) -> int:
+    """What the gradient takes, seen on the first batch: its graph, the prompts', and the layers' gradients."""
+    first = copy.copy(objective)
+    first.batches = lambda: islice(objective.batches(), 1)  # type: ignore[method-assign]
+    evaluator = ReplayEvaluator(
+        first,
+        backbone,
+        list(plan.locations),
+        config.prune,
+        config.seed,
+        keep_decompositions=True,
+        processes=Processes(backbone.device, alone=True),
+    )
+    evaluator.present()
+    with PeakMemory() as memory:
+        evaluator.gradients(config.criterion)
+    return memory.peak
+
+
 def _weight_bytes(plan: SearchPlan, model: nn.Module) -> int:
-    """Of one layer its decomposition and every candidate; of every layer what was chosen, with what that removes."""
+    """Of one layer its decomposition and what is evaluated; of every layer what was chosen, with what that removes."""
     chosen, evaluated, decompositions = 0, 0, 0
     for layer, ratios in plan.candidates.items():
         weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
         (m, n), exact = weight.shape, max(4, weight.element_size())
         rank = min(m, n)
-        decomposition = (m + n) * rank * exact
+        # By the Gram matrix the shorter side's vectors alone.
+        by_gram = weight.is_cuda or plan.is_screened
+        decomposition = rank * rank * exact if by_gram else (m + n) * rank * exact
         removed = residual_rank((m, n), max(ratios, default=0.0))
         chosen += m * n * weight.element_size() + (m + n) * removed * exact
-        # While a candidate's kept part is formed, its factors are copied, the left one once more; before that, a GPU's
-        # decomposition takes the weight, its Gram matrix, the eigenvectors and their product in float64.
-        candidates = (len(ratios) * m * n + (2 * m + n) * rank) * exact
-        by_gram = 8 * (2 * m * n + 3 * rank * rank) if weight.is_cuda else 0
-        evaluated = max(evaluated, decomposition + max(candidates, by_gram))
+        # While a candidate's kept part is formed, its factors are copied, the left one once more; before that, a
+        # decomposition by the Gram matrix takes it and the weight in float64, and the eigenvectors twice.
+        at_once = len(ratios) if plan.verify is None else 1
+        candidates = (at_once * m * n + (2 * m + n) * rank) * exact
+        evaluated = max(evaluated, decomposition + max(candidates, 8 * (m * n + 4 * rank * rank) if by_gram else 0))
         decompositions += decomposition
     return chosen + evaluated + (decompositions if plan.comes_back else 0)
 

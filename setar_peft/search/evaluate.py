@@ -1,27 +1,26 @@
-"""How the loss of a candidate is computed: by replay through a backbone's towers, or by a callable, in full."""
+"""How the loss of a candidate is computed, and by how much it is predicted to change: of a callable, in full."""
 
 from __future__ import annotations
 
+import math
 import time
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, Tower, TowerInput, named_inputs
+from setar_peft.backbones import Backbone
 from setar_peft.backbones.untouched import left_as_it_was
 from setar_peft.decomposition import Residual
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
 from setar_peft.processes import OutOfMemoryElsewhere, Processes
+from setar_peft.search.decisions import Prediction
 from setar_peft.search.plan import Costs
-from setar_peft.search.recording import MemoryBudget, Recording
-from setar_peft.search.replay import SharedPrefix
-from setar_peft.search.trace import SetFingerprint
 from setar_peft.search.weights import TruncatedLayers
 
 # Called once for each candidate and batch, with the ratio and the share of the layer's work now done.
@@ -48,6 +47,47 @@ class Evaluator(TruncatedLayers, ABC):
     @abstractmethod
     def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
         """Losses with one layer truncated by each of the ratios."""
+
+    @abstractmethod
+    def gradients(self, criterion: str) -> dict[str, Tensor]:
+        """The gradient of what is minimised by each layer's weight, with the layers truncated that are at present.
+
+        Returns:
+            Layer -> (m, n), in float32 or better.
+
+        Raises:
+            ValueError: If there is no gradient.
+        """
+
+    def predictions(
+        self, criterion: str, candidates: Mapping[str, Sequence[float]]
+    ) -> dict[str, dict[float, Prediction]]:
+        """What each layer's candidates, and its whole weight, are predicted to change against its present ratio.
+
+        Args:
+            criterion: "total", "id" or "ood".
+            candidates: Layer -> ratios, each above 0.
+
+        Raises:
+            ValueError: If there is no gradient, it is not finite, or it is 0 for every layer.
+        """
+        gradients = self.gradients(criterion)
+        largest = {layer: float(gradient.abs().max()) for layer, gradient in gradients.items()}
+        bad = [layer for layer, value in largest.items() if not math.isfinite(value)]
+        if bad:
+            raise ValueError(
+                f"The gradient of {bad[0]} holds NaN or infinity ({len(bad)} of {len(gradients)} layers), so it "
+                "predicts nothing. Search with search='greedy' (--search greedy), which needs no gradient."
+            )
+        if not any(largest.values()):
+            raise ValueError(
+                "The gradient of the objective is 0 for every layer: it does not depend on their weights, or by counts "
+                "alone, which have no gradient. Search with search='greedy' (--search greedy)."
+            )
+        predictions = {}
+        for layer, ratios in candidates.items():
+            predictions[layer] = self.predicted(layer, gradients.pop(layer), (0.0, *ratios))
+        return predictions
 
 
 class FullEvaluator(Evaluator):
@@ -76,181 +116,40 @@ class FullEvaluator(Evaluator):
             progress(ratio, done / len(ratios))
         return losses
 
+    def gradients(self, criterion: str) -> dict[str, Tensor]:
+        """The gradient of the tensor that the objective returns, in the weights' dtype and then in float32."""
+        del criterion  # a callable has one value
+        with left_as_it_was(self.model, by_anything=True), self.as_leaves() as leaves, torch.enable_grad():
+            value: Any = self._objective(self.model)
+            if not isinstance(value, Tensor) or not value.requires_grad:
+                what = "a tensor without a gradient" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(
+                    f"The objective returned {what}, and a screened search follows its gradient. Return a tensor that "
+                    "was computed from the model's weights, outside torch.no_grad() and without float(); or search "
+                    "with search='greedy' (--search greedy); or give an Objective itself, if the callable calls one."
+                )
+            if value.numel() != 1:
+                raise _no_number(value)
+            found = torch.autograd.grad(value.sum(), list(leaves.values()), allow_unused=True)
+        gradients = {}
+        for (layer, leaf), gradient in zip(leaves.items(), found, strict=True):
+            gradient = torch.zeros_like(leaf) if gradient is None else gradient
+            gradients[layer] = self.weights[layer].oriented(
+                gradient if gradient.dtype == torch.float64 else gradient.float()
+            )
+        return gradients
+
     def _losses(self) -> LossValues:
         with left_as_it_was(self.model, by_anything=True):
             value: Any = self._objective(self.model)
             try:
-                return LossValues(float(value))
+                return LossValues(float(value.detach() if isinstance(value, Tensor) else value))
             except (TypeError, ValueError, RuntimeError):
-                raise ValueError(
-                    f"The objective returned {value!r}; a callable objective returns one number, which is minimised."
-                ) from None
+                raise _no_number(value) from None
 
 
-class ReplayEvaluator(Evaluator):
-    """An `Objective` on a backbone: nothing that a candidate leaves unchanged is computed for it.
-
-    The blocks below the searched layer are replayed from a recording, what runs before the layer within its block is
-    shared between candidates, and the other tower's features are kept until that tower changes.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        backbone: Backbone,
-        *args: Any,
-        recording_memory: float | None = None,
-        processes: Processes | None = None,
-        largest_batch: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(backbone.model, *args, **kwargs)
-        self._largest_batch = largest_batch
-        self._objective = objective
-        self._backbone = backbone
-        self._device = backbone.device
-        self._processes = processes or Processes(self._device)
-        self._budget = MemoryBudget(self._device, recording_memory)
-        self._labels: list[Tensor] = []
-        self._data = SetFingerprint()
-        # The images, or the texts where texts are classified.
-        self._images = self._record(backbone.input_tower, self._image_inputs())
-        self._prompts = None
-        if backbone.needs_prompts:
-            self._prompts = self._record("text", self._prompt_inputs())
-        self._class_weights: ClassWeights | None = None
-        self.data_fingerprint = SetFingerprint.combined(self._processes.gathered(self._data.value))
-        self.batch_size = max(self._images.largest_batch, self._prompts.largest_batch if self._prompts else 1)
-
-    def present(self) -> LossValues:
-        """Losses with the layers truncated that are at present; on the way the towers' hidden states are recorded."""
-        start = self._now()
-        classes = self._classes()
-        of_prompts = self._now() - start
-        of_images = of_loss = 0.0
-        sums = self._zeros(1)
-        for batch, labels in enumerate(self._labels):
-            start = self._now()
-            features = self._embedded(self._images.features(batch))
-            middle = self._now()
-            sums[0] += self._objective.sums(features, classes, labels)
-            of_images, of_loss = of_images + middle - start, of_loss + self._now() - middle
-        passes = {self._images.tower.name: of_images / len(self._images.tower.blocks)}
-        if self._prompts is not None:
-            passes[self._prompts.tower.name] = of_prompts / len(self._prompts.tower.blocks)
-        self.costs = Costs(passes, of_loss)
-        return self._objective.values(self._processes.total(sums)[0])
-
-    def losses(self, layer: str, ratios: Sequence[float], progress: Progress) -> list[LossValues]:
-        """Losses with one layer truncated by each of the ratios."""
-        matrices = list(self.matrices(layer, ratios))
-        is_of_images = self._backbone.locate(layer).tower == self._backbone.input_tower
-        evaluate = self._image_sums if is_of_images else self._prompt_sums
-        sums = self._processes.total(evaluate(layer, ratios, matrices, progress))
-        return [self._objective.values(candidate) for candidate in sums]
-
-    def choose(self, layer: str, rank_ratio: float) -> None:
-        """Truncate a layer for all later evaluations, and forget what was computed with its old weight."""
-        super().choose(layer, rank_ratio)
-        location = self._backbone.locate(layer)
-        if location.tower == self._backbone.input_tower:
-            self._images.forget_above(location.level)
-        else:
-            assert self._prompts is not None
-            self._prompts.forget_above(location.level)
-            self._class_weights = None
-
-    def _image_sums(
-        self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress
-    ) -> Tensor:
-        classes = self._classes()
-        sums = self._zeros(len(ratios))
-        for batch, labels in enumerate(self._labels):
-            for index, outputs in enumerate(self._candidates(self._images, batch, layer, matrices)):
-                sums[index] += self._objective.sums(self._embedded(outputs), classes, labels)
-                share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
-                progress(ratios[index], share)
-        return sums
-
-    def _prompt_sums(
-        self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress
-    ) -> Tensor:
-        assert self._prompts is not None
-        features: list[list[Tensor]] = [[] for _ in ratios]
-        for batch in range(len(self._prompts)):
-            for index, outputs in enumerate(self._candidates(self._prompts, batch, layer, matrices)):
-                features[index].append(outputs[0])
-        candidates = [self._backbone.class_weights(torch.cat(parts)) for parts in features]
-        sums = self._zeros(len(ratios))
-        images = self._features()
-        for batch, (image_features, labels) in enumerate(zip(images, self._labels, strict=True)):
-            for index, classes in enumerate(candidates):
-                sums[index] += self._objective.sums(image_features, classes, labels)
-                share = (batch * len(ratios) + index + 1) / (len(self._labels) * len(ratios))
-                progress(ratios[index], share)
-        return sums
-
-    def _candidates(
-        self, recording: Recording, batch: int, layer: str, matrices: Sequence[Tensor]
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """The tower's features of one batch with each of the candidate weights."""
-        tower = recording.tower
-        level = self._backbone.locate(layer).level
-        hidden = recording.input_at(batch, min(level, len(tower.blocks) - 1))
-        weight = self.weights[layer]
-        prefix = SharedPrefix(tower.modules_at(level), weight.module)
-        for index, matrix in enumerate(matrices):
-            with weight.holding(matrix), prefix.record() if index == 0 else prefix.replay():
-                outputs = _features_from(tower, recording.entry(batch), level, hidden)
-            yield outputs
-
-    def _features(self) -> Iterator[ImageFeatures]:
-        for batch in range(len(self._images)):
-            yield self._embedded(self._images.features(batch))
-
-    def _classes(self) -> ClassWeights:
-        if self._class_weights is None:
-            text = None
-            if self._prompts is not None:
-                text = torch.cat([self._prompts.features(batch)[0] for batch in range(len(self._prompts))])
-            self._class_weights = self._backbone.class_weights(text)
-        return self._class_weights
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def _zeros(self, candidates: int) -> Tensor:
-        exact = torch.float32 if self._device.type == "mps" else torch.float64
-        return torch.zeros(candidates, self._objective.sums_size, dtype=exact, device=self._device)
-
-    def _embedded(self, outputs: Sequence[Tensor]) -> ImageFeatures:
-        return self._backbone.embedded(ImageFeatures(*outputs))
-
-    def _record(self, tower: str, inputs: Iterable[Mapping[str, Tensor]]) -> Recording:
-        return Recording(self._backbone.towers[tower], inputs, self._device, self._budget)
-
-    def _image_inputs(self) -> Iterator[Mapping[str, Tensor]]:
-        objective = self._objective
-        if self._processes.count > 1:
-            objective = objective.shard(self._processes.index, self._processes.count)
-        for batch, batch_labels in objective.batches():
-            inputs = named_inputs(batch)
-            self._backbone.check(inputs)
-            self._data.add(inputs, batch_labels)
-            size = self._largest_batch or len(batch_labels)
-            for start in range(0, len(batch_labels), size):
-                part = slice(start, start + size)
-                self._labels.append(batch_labels[part].to(self._device))
-                yield {name: values[part] for name, values in inputs.items()}
-
-    def _prompt_inputs(self) -> Iterator[dict[str, Tensor]]:
-        tokens = self._objective.class_tokens(self._backbone)
-        size = self._objective.prompt_batch_size or self._backbone.prompts_at_once
-        size = min(size, self._largest_batch or size)
-        for start in range(0, len(tokens["input_ids"]), size):
-            yield {key: value[start : start + size] for key, value in tokens.items()}
+def _no_number(value: object) -> ValueError:
+    return ValueError(f"The objective returned {value!r}; a callable objective returns one number, which is minimised.")
 
 
 def largest_batch(objective: Any, backbone: Backbone | None, processes: Processes) -> int:
@@ -264,13 +163,6 @@ def largest_batch(objective: Any, backbone: Backbone | None, processes: Processe
         return images
     prompts = len(objective.class_tokens(backbone)["input_ids"])
     return max(images, min(prompts, objective.prompt_batch_size or backbone.prompts_at_once))
-
-
-def _features_from(tower: Tower, entry: TowerInput, level: int, hidden: Tensor) -> tuple[Tensor, ...]:
-    """The tower's features from the input of block `level` (of the last block, for a level above it)."""
-    for current in range(level, len(tower.blocks) - 1):
-        hidden = tower.step(entry, current, hidden)
-    return tower.finish(entry, hidden)
 
 
 _Value = TypeVar("_Value")
@@ -319,8 +211,17 @@ class SmallerBatches:
         """Losses with one layer truncated by each of the ratios."""
         return self._retrying(lambda: self._evaluator.losses(layer, ratios, progress))
 
+    def predictions(
+        self, criterion: str, candidates: Mapping[str, Sequence[float]]
+    ) -> dict[str, dict[float, Prediction]]:
+        """What each layer's candidates are predicted to change: what the first process finds holds for all."""
+        found = self._retrying(lambda: self._evaluator.predictions(criterion, candidates))
+        return self._processes.gathered(found)[0]
+
     def choose(self, layer: str, rank_ratio: float) -> None:
-        """Truncate a layer for all later evaluations."""
+        """Truncate a layer for all later evaluations, if it is not so truncated already."""
+        if self._chosen.get(layer, 0.0) == rank_ratio:
+            return
         self._retrying(lambda: self._evaluator.choose(layer, rank_ratio))
         self._chosen[layer] = rank_ratio
 

@@ -15,8 +15,12 @@ from setar_peft.backbones import Backbone, Location, backbone_of, default_target
 from setar_peft.decomposition import residual_rank
 from setar_peft.objectives.base import Objective
 from setar_peft.tuner.config import SeTARConfig
+from setar_peft.tuner.config_checks import SCREENED_ORDERS
 from setar_peft.tuner.loading import plain_name
 from setar_peft.tuner.targets import targeted_modules
+
+# Rounds of a joint search that its cost is told for: two that take something, and one that does not.
+USUAL_ROUNDS = 3
 
 # The layers that compete in each step of one pass (see `steps_of`).
 Steps = list[list[str]]
@@ -46,6 +50,9 @@ class SearchPlan:
         candidates: Ratios to try for each layer: each removes something, and no two the same.
         passes: Times that the steps are gone through at most.
         left_out: Which ratios are not tried, since they remove nothing or what another one removes.
+        verify: Candidates of a layer that are evaluated, those that a gradient predicts best; None for all of them.
+        order: "best_first" and "joint", whose steps follow the predictions; "steps" for the steps as they stand.
+        budget: The most evaluations of the whole search; None for as many as it takes.
     """
 
     backbone: Backbone | None
@@ -54,11 +61,39 @@ class SearchPlan:
     candidates: dict[str, tuple[float, ...]]
     passes: int
     left_out: str = ""
+    verify: int | None = None
+    order: str = "steps"
+    budget: int | None = None
+
+    @property
+    def is_screened(self) -> bool:
+        """Whether a gradient says which candidates are evaluated."""
+        return self.verify is not None
 
     @property
     def comes_back(self) -> bool:
-        """Whether a layer may be evaluated more than once."""
-        return self.passes > 1 or any(len(step) > 1 for step in self.steps)
+        """Whether a layer's decomposition is needed more than once."""
+        return self.is_screened or self.passes > 1 or any(len(step) > 1 for step in self.steps)
+
+    @property
+    def rounds(self) -> int:
+        """How often gradients are computed, at most; in the order "joint" as often as is usual."""
+        if not self.is_screened:
+            return 0
+        return USUAL_ROUNDS if self.order == "joint" else self.passes
+
+    def tried(self, layer: str) -> int:
+        """Candidates of a layer that are evaluated each time it is visited, at most."""
+        count = len(self.candidates[layer])
+        return count if self.verify is None else min(count, self.verify)
+
+    def lowest_levels(self) -> dict[str, int]:
+        """The lowest searched block by tower, where its gradient begins; the last one for layers above it."""
+        lowest: dict[str, int] = {}
+        for tower, level, _ in self.locations.values():
+            top = len(self.backbone.towers[tower].blocks) - 1 if self.backbone else 0
+            lowest[tower] = min(level, top, lowest.get(tower, top))
+        return lowest
 
     def passes_of(self, layer: str) -> int:
         """Block passes that one candidate of a layer costs: its block and those above; 1 without towers."""
@@ -68,27 +103,57 @@ class SearchPlan:
         return max(1, len(self.backbone.towers[location.tower].blocks) - location.level)
 
     def evaluations(self) -> int:
-        """Candidates of the whole search at most; of layers that compete, those with the fewest are decided first."""
+        """Candidates of the whole search at most; of layers that compete, those with the fewest are decided first.
+
+        In the order "joint" all layers are candidates together, once a round.
+        """
+        if self.order == "joint":
+            return min(self.rounds, self.budget or self.rounds)
         count = 0
         for index, step in enumerate(self.steps):
             left = len(step) - index if len(step) > 1 else 1
-            count += sum(sorted((len(self.candidates[layer]) for layer in step), reverse=True)[:left])
-        return count * self.passes
+            count += sum(sorted(map(self.tried, step), reverse=True)[:left])
+        return min(count * self.passes, self.budget or count * self.passes)
 
     def work(self, costs: Costs) -> dict[str, float]:
-        """Seconds of the whole search by tower, at most: of layers that compete, a mean one is decided first."""
-        work: dict[str, float] = {}
-        for index, step in enumerate(self.steps):
-            share = (len(step) - index) / len(step) if len(step) > 1 else 1.0
-            for layer in step:
-                tower = self.locations[layer].tower
-                seconds = share * self.passes * len(self.candidates[layer]) * self.seconds(layer, costs)
-                work[tower] = work.get(tower, 0.0) + seconds
+        """Seconds of the whole search by tower, at most: of layers that compete, a mean one is decided first.
+
+        The work of the gradients, whose way back costs twice the way there, stands under "gradients".
+        """
+        if self.order == "joint":
+            work = {"all": self.evaluations() * self.together_seconds(costs)}
+        else:
+            work = {}
+            for index, step in enumerate(self.steps):
+                share = (len(step) - index) / len(step) if len(step) > 1 else 1.0
+                for layer in step:
+                    tower = self.locations[layer].tower
+                    seconds = share * self.passes * self.tried(layer) * self.seconds(layer, costs)
+                    work[tower] = work.get(tower, 0.0) + seconds
+        if self.is_screened:
+            work["gradients"] = self.rounds * self.gradient_seconds(costs)
         return work
+
+    def gradient_seconds(self, costs: Costs) -> float:
+        """Seconds of one gradient by all layers: there and, twice as long, back."""
+        if self.backbone is None:
+            return 3 * costs.loss
+        of_towers = (
+            costs.passes.get(name, 0.0) * (len(self.backbone.towers[name].blocks) - lowest)
+            for name, lowest in self.lowest_levels().items()
+        )
+        return 3 * (sum(of_towers) + costs.loss)
 
     def seconds(self, layer: str, costs: Costs) -> float:
         """Seconds that one candidate of a layer takes."""
         return costs.passes.get(self.locations[layer].tower, 0.0) * self.passes_of(layer) + costs.loss
+
+    def together_seconds(self, costs: Costs) -> float:
+        """Seconds of one evaluation in which every layer may have changed."""
+        if self.backbone is None:
+            return costs.loss
+        towers = self.backbone.towers.items()
+        return sum(costs.passes.get(name, 0.0) * len(tower.blocks) for name, tower in towers) + costs.loss
 
 
 def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> SearchPlan:
@@ -122,6 +187,12 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
     steps = steps_of(_order(config, layers), {tower: list(names) for tower, names in layers.items()})
     visited = {name for step in steps for name in step}
     locations = {name: location for name, location in locations.items() if name in visited}
+    is_screened = config.search == "screened"
+    if is_screened and isinstance(objective, Objective) and not objective.is_differentiable:
+        raise ValueError(
+            f"search is 'screened', which follows the gradient of the objective, and {type(objective).__name__} counts "
+            "scores above thresholds, which has none. Take search='greedy' (--search greedy), or another objective."
+        )
     searched = {location.weight_type for location in locations.values()}
     if isinstance(config.candidate_ratios, dict) and (strange := set(config.candidate_ratios) - searched - {"default"}):
         raise ValueError(
@@ -130,7 +201,20 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
         )
     given = {name: config.candidates_of(location.weight_type) for name, location in locations.items()}
     candidates, left_out = _different_candidates(model, given)
-    return SearchPlan(backbone, locations, steps, candidates, config.passes, left_out)
+    order = config.order if config.order in SCREENED_ORDERS else "steps"
+    assert isinstance(order, str)
+    verify = config.verify or (1 if order == "best_first" else 2)
+    return SearchPlan(
+        backbone,
+        locations,
+        steps,
+        candidates,
+        config.passes,
+        left_out,
+        verify if is_screened else None,
+        order,
+        config.evaluations,
+    )
 
 
 def _different_candidates(
@@ -207,8 +291,10 @@ def _layers_by_tower(
 
 def _order(config: SeTARConfig, layers: Mapping[str, Mapping[str, Location]]) -> str | Sequence[str]:
     # Without towers an order of towers can only mean: from the top down.
-    if "model" in layers and isinstance(config.order, str) and config.order != "exhaustive":
-        return list(layers["model"])
+    if config.order in SCREENED_ORDERS or (
+        "model" in layers and isinstance(config.order, str) and config.order != "exhaustive"
+    ):
+        return [name for tower in layers.values() for name in tower]
     if isinstance(config.order, str):
         return config.order
     names = {plain_name(name): name for tower in layers.values() for name in tower}
@@ -259,73 +345,3 @@ def steps_of(order: str | Sequence[str], layers: Mapping[str, Sequence[str]]) ->
             "Change order or target_modules."
         )
     return [[name] for tower in present for name in layers[tower]]
-
-
-class BlockPasses:
-    """Counts block passes along the course of a search with room for every recording.
-
-    A pass takes all inputs of a tower through one block. The first thing a search does is to take them through every
-    block once, on the way to the loss of the base.
-
-    Args:
-        depths: Number of blocks by tower.
-
-    Attributes:
-        count: Passes so far, by tower.
-    """
-
-    def __init__(self, depths: Mapping[str, int]) -> None:
-        self.count = dict(depths)
-        self._depths = dict(depths)
-        # The highest block whose input is recorded, and whether the tower's features are those of its weights.
-        self._recorded = {tower: depth - 1 for tower, depth in depths.items()}
-        self._has_features = dict.fromkeys(depths, True)
-
-    def evaluate(self, tower: str, level: int, candidates: int) -> None:
-        """Evaluate the candidates of a layer: each passes its block and those above; the other tower's features serve.
-
-        Args:
-            tower: The layer's tower.
-            level: Its block, from the bottom; the number of blocks for a layer above them, which only the last block's
-                pass leads to.
-            candidates: How many there are.
-        """
-        for other in self._depths:
-            if other != tower and not self._has_features[other]:
-                self._record(other, self._depths[other] - 1)
-                self.count[other] += 1
-                self._has_features[other] = True
-        level = min(level, self._depths[tower] - 1)
-        self._record(tower, level)
-        self.count[tower] += candidates * (self._depths[tower] - level)
-
-    def change(self, tower: str, level: int) -> None:
-        """Give a layer another weight: what was recorded above it is no longer so."""
-        self._recorded[tower] = min(self._recorded[tower], level)
-        self._has_features[tower] = False
-
-    def _record(self, tower: str, level: int) -> None:
-        self.count[tower] += max(0, level - self._recorded[tower])
-        self._recorded[tower] = max(level, self._recorded[tower])
-
-
-def block_passes(plan: SearchPlan, depths: Mapping[str, int]) -> dict[str, int]:
-    """Block passes of a whole search by tower, at most: as if every decision changed its layer.
-
-    In an order that lets layers compete, as if the cheapest to evaluate and the dearest to record were decided first.
-
-    Args:
-        plan: What the search is going to do.
-        depths: Number of blocks by tower.
-    """
-    passes = BlockPasses(depths)
-    for _ in range(plan.passes):
-        for index, step in enumerate(plan.steps):
-            competing = sorted(step, key=plan.passes_of, reverse=True)[: len(step) - index] if len(step) > 1 else step
-            for layer in competing:
-                tower, level, _ = plan.locations[layer]
-                passes.evaluate(tower, level, len(plan.candidates[layer]))
-            changed = [plan.locations[step[0]][:2]] if len(step) == 1 else [(tower, 0) for tower in depths]
-            for tower, level in changed:
-                passes.change(tower, level)
-    return passes.count

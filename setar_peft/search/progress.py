@@ -87,28 +87,45 @@ class SearchProgress:
         )
 
     def decided(self, layer: Location, seconds: float, loss: float, *, evaluated: bool) -> None:
-        """Count a layer as done.
+        """Count a layer's candidates as done.
 
         Args:
             layer: Where the layer sits.
-            seconds: Seconds that it was predicted to take.
+            seconds: Seconds that they were predicted to take.
             loss: The best value so far of what is minimised.
-            evaluated: Whether its candidates were evaluated, and not read from a trace.
+            evaluated: Whether they were evaluated, and not read from a trace.
         """
+        self._loss = f"{loss:.6f}"
+        self._done(layer.tower, seconds, f"{layer.tower} {layer.level} {layer.weight_type}", evaluated=evaluated)
+
+    def decided_together(self, seconds: float, changes: int, loss: float, *, evaluated: bool) -> None:
+        """Count an evaluation of several changes at once as done; the rest as for `decided`."""
+        self._loss = f"{loss:.6f}"
+        self._done("all", seconds, f"{changes} changes at once", evaluated=evaluated)
+
+    def predicting(self) -> None:
+        """Show that a gradient is being computed."""
+        self._bar.update(self._task, description=f"gradients  best {self._loss}")
+
+    def predicted(self, seconds: float, *, evaluated: bool) -> None:
+        """Count a gradient, and what it predicts, as done; the arguments as for `decided`."""
+        self._done("gradients", seconds, "gradients", evaluated=evaluated)
+
+    def _done(self, kind: str, seconds: float, what: str, *, evaluated: bool) -> None:
         now = time.monotonic()
         if evaluated:
-            self._predicted[layer.tower] += seconds
-            self._taken[layer.tower] += now - self._since
+            self._predicted[kind] += seconds
+            self._taken[kind] += now - self._since
         self._since = now
-        self._left[layer.tower] -= seconds
-        self._loss = f"{loss:.6f}"
+        # A search whose rounds are not known beforehand may take more of them than was thought.
+        self._total += max(0.0, seconds - self._left[kind])
+        self._left[kind] = max(0.0, self._left[kind] - seconds)
         done = self._total - sum(self._left.values())
-        self._bar.update(self._task, completed=done)
+        self._bar.update(self._task, completed=done, total=self._total)
         if self._logs:
             print(
-                f"SeTAR search {done / self._total:4.0%}  {layer.tower} {layer.level} {layer.weight_type}  "
-                f"best loss {self._loss}  {now - self._started:.0f} s passed, "
-                f"about {self._seconds_left():.0f} s left",
+                f"SeTAR search {done / self._total:4.0%}  {what}  best loss {self._loss}  "
+                f"{now - self._started:.0f} s passed, about {self._seconds_left():.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
-import transformers
-from torch import Tensor, nn
+from torch import nn
 
-from setar_peft.decomposition import tensor_digest
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
+from setar_peft.search.fingerprints import model_configuration, model_fingerprint
 from setar_peft.tuner.config import SeTARConfig
 from setar_peft.versions import versions
 from setar_peft.writing import whole_file
@@ -57,7 +54,12 @@ class TraceRow(NamedTuple):
 
 
 class TraceCandidate(NamedTuple):
-    """One evaluated candidate: its step, module, ratio and losses (accuracy and patch share from 0 to 1)."""
+    """One evaluated candidate: its step, module, ratio and losses (accuracy and patch share from 0 to 1).
+
+    Attributes:
+        trial: Number of the evaluation in which it was one of several changes at once (order "joint"); None for one
+            that was alone.
+    """
 
     step: int
     module: str
@@ -67,6 +69,45 @@ class TraceCandidate(NamedTuple):
     ood_loss: float
     accuracy: float
     ood_patch_share: float
+    trial: int | None = None
+
+
+class TracePrediction(NamedTuple):
+    """What a gradient predicted of one candidate of a screened search (see `screened.Prediction`).
+
+    Attributes:
+        step: The first step that went by it.
+        module: Full name of the module.
+        rank_ratio: Its ratio; 0 for the whole weight.
+        change: Change of what is minimised against the module's ratio at that step, to first order.
+        energy: Share of the weight's squared singular values that is removed or put back, 0 to 1.
+    """
+
+    step: int
+    module: str
+    rank_ratio: float
+    change: float
+    energy: float
+
+
+class Compared(NamedTuple):
+    """An evaluation beside its prediction: the changes of what is minimised.
+
+    Attributes:
+        step: The step; of several changes at once, that of the first.
+        layers: How many layers changed at once.
+        predicted: To first order, summed over them.
+        exact: As evaluated.
+    """
+
+    step: int
+    layers: int
+    predicted: float
+    exact: float
+
+
+# The columns that a screened search has besides.
+_CHANGES = ("predicted_change", "exact_change")
 
 
 @dataclass
@@ -78,18 +119,21 @@ class SearchTrace:
         rows: One row a step.
         candidates: Every candidate that was evaluated, in order.
         settings: The settings of the search.
+        predictions: What was predicted, in a screened search.
     """
 
     initial: LossValues
     rows: list[TraceRow] = field(default_factory=list)
     candidates: list[TraceCandidate] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    predictions: list[TracePrediction] = field(default_factory=list)
 
     def table(self) -> str:
-        """The rows as a table in plain text, as in the paper's Listing 1."""
-        cells = [["step", *TraceRow._fields[1:-1]]]
-        for row in self.rows:
-            numbers = [f"{value:.6f}" for value in row[5:10]]
+        """The rows as a table in plain text, as in the paper's Listing 1; of a screened search with both changes."""
+        changes = self._changes()
+        cells = [["step", *TraceRow._fields[1:-1], *(_CHANGES if self.predictions else ())]]
+        for row, pair in zip(self.rows, changes, strict=True):
+            numbers = [f"{value:.6f}" for value in (*row[5:10], *pair)]
             layer = "-" if row.layer_num is None else str(row.layer_num)
             cells.append([str(row.step), row.tower_type, row.weight_type, layer, f"{row.best_ratio:.2f}", *numbers])
         widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
@@ -98,12 +142,63 @@ class SearchTrace:
         )
 
     def to_csv(self) -> str:
-        """The rows as comma-separated values with a header."""
-        text = io.StringIO()
+        """The rows as comma-separated values with a header; of a screened search with both changes."""
+        text, changes = io.StringIO(), self._changes()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(TraceRow._fields)
-        writer.writerows(self.rows)
+        writer.writerow((*TraceRow._fields, *(_CHANGES if self.predictions else ())))
+        writer.writerows((*row, *pair) for row, pair in zip(self.rows, changes, strict=True))
         return text.getvalue()
+
+    def compared(self) -> list[Compared]:
+        """Every evaluation of a screened search beside what was predicted of it, in order."""
+        evaluations: dict[Any, list[TraceCandidate]] = {}
+        for candidate in self.candidates:
+            key = candidate[:3] if candidate.trial is None else candidate.trial
+            evaluations.setdefault(key, []).append(candidate)
+        compared = []
+        for changes in evaluations.values():
+            first = changes[0]
+            before = self._before(first.step if first.trial is None else self._start(first.step))
+            predicted = sum(self._predicted(change.step, change.module, change.rank_ratio) for change in changes)
+            compared.append(Compared(first.step, len(changes), predicted, self._minimised(first) - before))
+        return compared if self.predictions else []
+
+    def _changes(self) -> list[tuple[float, ...]]:
+        """What each row's decision was predicted to change, and what it changed; in the order "joint" its round's.
+
+        Nothing, where nothing was predicted.
+        """
+        if not self.predictions:
+            return [()] * len(self.rows)
+        is_joint = any(candidate.trial is not None for candidate in self.candidates)
+        totals: dict[int, list[float]] = {}
+        for row in self.rows:
+            start = self._start(row.step) if is_joint else row.step
+            exact = self._minimised(row) - self._before(start)
+            predicted, _ = totals.setdefault(start, [0.0, exact])
+            was = next((one.best_ratio for one in reversed(self.rows[: row.step]) if one.module == row.module), 0.0)
+            if row.best_ratio != was:
+                totals[start][0] = predicted + self._predicted(row.step, row.module, row.best_ratio)
+        return [tuple(totals[self._start(row.step) if is_joint else row.step]) for row in self.rows]
+
+    def _start(self, step: int) -> int:
+        """The first step that goes by the same gradient as this one."""
+        return max((one.step for one in self.predictions if one.step <= step), default=0)
+
+    def _predicted(self, step: int, module: str, ratio: float) -> float:
+        wanted = (self._start(step), module, ratio)
+        return next((one.change for one in self.predictions if one[:3] == wanted), math.nan)
+
+    def _before(self, step: int) -> float:
+        """What is minimised, before a step."""
+        return self._minimised(self.rows[step - 1]) if step else self.initial.part(self._criterion)
+
+    def _minimised(self, row: TraceRow | TraceCandidate) -> float:
+        return {"total": row.total_loss, "id": row.id_loss, "ood": row.ood_loss}[self._criterion]
+
+    @property
+    def _criterion(self) -> str:
+        return str(self.settings.get("criterion", "total"))
 
     def to_json(self) -> str:
         """The whole trace as JSON; numbers that are not finite, which JSON has none of, as "nan", "inf" and "-inf"."""
@@ -142,8 +237,11 @@ class SearchTrace:
             initial = _row(LossValues, parts[0], "initial")
             rows = [_row(TraceRow, row, f"rows[{index}]") for index, row in enumerate(parts[1])]
             candidates = [_row(TraceCandidate, row, f"candidates[{index}]") for index, row in enumerate(parts[2])]
-            _check_course(initial, rows, candidates)
-            return cls(initial, rows, candidates, _part(data, "settings", dict))
+            # Traces from before there were screened searches have none.
+            predicted = _part(data, "predictions", list) if "predictions" in data else []
+            predictions = [_row(TracePrediction, row, f"predictions[{index}]") for index, row in enumerate(predicted)]
+            _check_course(initial, rows, candidates, predictions)
+            return cls(initial, rows, candidates, _part(data, "settings", dict), predictions)
         except (ValueError, OverflowError) as error:
             raise ValueError(
                 f"{path} is no trace of a search, or a damaged one: {error}. Give a file that SearchTrace.save wrote, "
@@ -241,7 +339,7 @@ def search_settings(config: SeTARConfig, objective: Any, model: nn.Module, data:
 
 _SEARCH_FIELDS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("prune", "seed", "candidate_ratios", "order", "passes", "criterion"),
+    *("prune", "seed", "candidate_ratios", "search", "verify", "evaluations", "order", "passes", "criterion"),
 )
 
 
@@ -268,12 +366,13 @@ _COLUMNS: dict[Any, Any] = {int: (int,), int | None: (int, type(None)), float: (
 
 
 def _row(kind: Any, values: Any, where: str) -> Any:
-    """One row as a named tuple: as many columns as it has, each of its type."""
-    if not isinstance(values, list) or len(values) != len(kind._fields):
+    """One row as a named tuple: as many columns as it has, each of its type; what has a default may be missing."""
+    least = len(kind._fields) - (len(kind._field_defaults) if kind is TraceCandidate else 0)
+    if not isinstance(values, list) or not least <= len(values) <= len(kind._fields):
         count = f"{len(values)} columns" if isinstance(values, list) else f"{values!r}"
         raise ValueError(f"{where} has {count}, where there are {len(kind._fields)}")
     columns: list[Any] = []
-    for (name, wanted), value in zip(get_type_hints(kind).items(), values, strict=True):
+    for (name, wanted), value in zip(get_type_hints(kind).items(), values, strict=False):
         column: Any = float(str(value)) if wanted is float and value in ("nan", "inf", "-inf") else value
         if not isinstance(column, _COLUMNS[wanted]) or isinstance(column, bool):
             raise ValueError(f"{name} of {where} is {column!r} and no {getattr(wanted, '__name__', wanted)}")
@@ -281,7 +380,12 @@ def _row(kind: Any, values: Any, where: str) -> Any:
     return kind(*columns)
 
 
-def _check_course(initial: LossValues, rows: Sequence[TraceRow], candidates: Sequence[TraceCandidate]) -> None:
+def _check_course(
+    initial: LossValues,
+    rows: Sequence[TraceRow],
+    candidates: Sequence[TraceCandidate],
+    predictions: Sequence[TracePrediction],
+) -> None:
     for where, losses in (("initial", initial.total), *((f"rows[{row.step}]", row.total_loss) for row in rows)):
         if not math.isfinite(losses):
             raise ValueError(f"the loss of {where} is {losses}")
@@ -291,6 +395,9 @@ def _check_course(initial: LossValues, rows: Sequence[TraceRow], candidates: Seq
     for index, candidate in enumerate(candidates):
         if not 0 <= candidate.step < len(rows):
             raise ValueError(f"candidates[{index}] is of step {candidate.step}, of {len(rows)} steps")
+    for index, prediction in enumerate(predictions):
+        if not 0 <= prediction.step <= len(rows):
+            raise ValueError(f"predictions[{index}] is of step {prediction.step}, after {len(rows)} steps")
 
 
 def _plain(value: Any) -> Any:
@@ -299,76 +406,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_Item = TypeVar("_Item")
-
-_MODULUS = 2**128
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A digest of every parameter and buffer: names, shapes, dtypes and values."""
-    state = model.state_dict()
-    digests = in_threads(tensor_digest, state.values())
-    return _combined(f"{name} {digest}" for name, digest in zip(state, digests, strict=True))
-
-
-def model_configuration(model: nn.Module) -> dict[str, Any] | None:
-    """What the configuration of a transformers model says of its computation; None where there is no configuration.
-
-    Left out are where it came from, with which version, its dtype, which the fingerprint knows, and names of classes.
-    """
-    config = getattr(model, "config", None)
-    if not isinstance(config, transformers.PretrainedConfig):
-        return None
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: kept(part) for name, part in value.items() if not _says_nothing(name)}
-        return value
-
-    return dict(kept(json.loads(config.to_json_string(use_diff=False))))
-
-
-def _says_nothing(name: str) -> bool:
-    return name.startswith("_") or name in (
-        *("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id"),
-    )
-
-
-class SetFingerprint:
-    """A digest of a set of labelled examples; neither their order nor how they are batched or sharded changes it."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def add(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            inputs: Tensors with one row an example.
-            labels: (examples,).
-        """
-
-        def digest_of(index: int) -> str:
-            return _combined(
-                [str(int(labels[index])), *(tensor_digest(inputs[name][index]) for name in sorted(inputs))]
-            )
-
-        for digest in in_threads(digest_of, range(len(labels))):
-            self.value = (self.value + int(digest, 16)) % _MODULUS
-
-    @staticmethod
-    def combined(values: list[int]) -> str:
-        """The digest of the union of several processes' shards."""
-        return f"{sum(values) % _MODULUS:032x}"
-
-
-def in_threads(digest: Callable[[_Item], str], items: Iterable[_Item]) -> list[str]:
-    """Digests of many things, in their order; hashing large buffers leaves other threads room to run."""
-    with ThreadPoolExecutor(thread_name_prefix="setar_peft-digest") as pool:
-        return list(pool.map(digest, items))
-
-
-def _combined(parts: Iterable[str]) -> str:
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from setar_peft.backbones.untouched import attributes_put_back
 from setar_peft.decomposition import Decomposition, PruneStrategy, Residual, decompose
+from setar_peft.search.decisions import Prediction
 from setar_peft.tuner.loading import plain_name
 
 
@@ -43,16 +44,23 @@ class SwappableWeight:
     def original(self) -> Tensor:
         """The untouched weight as a matrix W, (m, n)."""
         assert self._original is not None
-        return self._oriented(self._original.detach())
+        return self.oriented(self._original.detach())
 
     def set(self, matrix: Tensor) -> None:
         """Let the module compute with another matrix, (m, n), rounded to the weight's dtype."""
-        weight = self._oriented(matrix).to(self.original.dtype)
+        weight = self.oriented(matrix).to(self.original.dtype)
         self.module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
     def restore(self) -> None:
         """Put the original parameter back."""
         self.module._parameters["weight"] = self._original
+
+    def as_leaf(self) -> nn.Parameter:
+        """Let the module compute with a leaf of autograd that shares the present weight's values, and return it."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        leaf = self.module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=True)
+        return leaf
 
     @contextmanager
     def holding(self, matrix: Tensor) -> Iterator[None]:
@@ -61,7 +69,8 @@ class SwappableWeight:
             self.set(matrix)
             yield
 
-    def _oriented(self, matrix: Tensor) -> Tensor:
+    def oriented(self, matrix: Tensor) -> Tensor:
+        """From what the module holds to a matrix (m, n), or back."""
         return matrix.T if self._transposed else matrix
 
 
@@ -74,9 +83,11 @@ class TruncatedLayers:
         prune: Which components a ratio removes.
         seed: Seed of the random strategy.
         keep_decompositions: Keep every layer's decomposition, for searches that come back to a layer.
+        by_gram: How they are made (see `decompose`).
 
     Attributes:
         weights: The layers' weights, by module name.
+        rank_ratios: Layer -> the ratio by which it is truncated at present.
         residuals: The removed components of the layers that are truncated at present, by module name.
     """
 
@@ -88,17 +99,21 @@ class TruncatedLayers:
         seed: int,
         *,
         keep_decompositions: bool,
+        by_gram: bool | None = None,
     ) -> None:
         self.model = model
         self.weights = {name: SwappableWeight(name, model.get_submodule(name)) for name in layers}
+        self.rank_ratios = dict.fromkeys(self.weights, 0.0)
         self.residuals: dict[str, Residual] = {}
         self._prune: PruneStrategy = prune
         self._seed = seed
         self._keep = keep_decompositions
+        self._by_gram = by_gram
         self._decompositions: dict[str, Decomposition] = {}
 
     def choose(self, layer: str, rank_ratio: float) -> None:
         """Truncate a layer by a ratio from now on; 0 puts the original back."""
+        self.rank_ratios[layer] = rank_ratio
         if rank_ratio == 0:
             self.weights[layer].restore()
             self.residuals.pop(layer, None)
@@ -112,17 +127,53 @@ class TruncatedLayers:
         for weight in self.weights.values():
             weight.restore()
 
+    @contextmanager
+    def as_leaves(self) -> Iterator[dict[str, nn.Parameter]]:
+        """Compute with leaves of autograd in the place of all present weights, which share their values.
+
+        Yields:
+            Layer -> the leaf as its module holds it.
+        """
+        with attributes_put_back([weight.module for weight in self.weights.values()], ["_parameters"]):
+            yield {layer: weight.as_leaf() for layer, weight in self.weights.items()}
+
     def matrices(self, layer: str, ratios: Sequence[float]) -> Iterator[Tensor]:
         """The layer's weight, (m, n), truncated by each of the ratios."""
         decomposition = self._decomposition(layer)
         for ratio in ratios:
             yield decomposition.kept(ratio)
 
+    def predicted(self, layer: str, gradient: Tensor, ratios: Sequence[float]) -> dict[float, Prediction]:
+        """What truncating a layer by each of the ratios, and not by its present one, changes to first order.
+
+        Args:
+            layer: The layer.
+            gradient: Of what is minimised by the layer's weight, (m, n), with all layers as they are at present.
+            ratios: The ratios; 0 for the whole weight.
+        """
+        decomposition, present = self._decomposition(layer), self.rank_ratios[layer]
+        contributions = decomposition.contributions(gradient).double()
+        energies = decomposition.s.double().square()
+        removed = {ratio: decomposition.removed_components(ratio) for ratio in {*ratios, present}}
+        changes = {ratio: float(contributions[components].sum()) for ratio, components in removed.items()}
+        energy = {
+            ratio: float(energies[components].sum() / energies.sum().clamp(min=1e-300))
+            for ratio, components in removed.items()
+        }
+        return {
+            ratio: Prediction(changes[ratio] - changes[present], abs(energy[ratio] - energy[present]))
+            for ratio in ratios
+        }
+
     def _decomposition(self, layer: str) -> Decomposition:
         if layer not in self._decompositions:
             if not self._keep:
                 self._decompositions.clear()
             self._decompositions[layer] = decompose(
-                self.weights[layer].original, self._prune, seed=self._seed, name=plain_name(layer)
+                self.weights[layer].original,
+                self._prune,
+                seed=self._seed,
+                name=plain_name(layer),
+                by_gram=self._by_gram,
             )
         return self._decompositions[layer]

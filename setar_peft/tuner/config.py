@@ -91,8 +91,15 @@ class SeTARConfig(PeftConfig):
             identity.
         candidate_ratios: Ratios tried for each layer, in [0, 1): a list, or a mapping from weight type ("W_up", ...,
             "default") to a list. Ratio 0 is always among them at no cost: it is the incumbent.
+        search: "greedy" evaluates every candidate of a layer (the paper's); "screened" those that the gradient of the
+            objective predicts best, and as exactly.
+        verify: How many candidates of a layer a screened search evaluates: by default 2, and 1 in the order
+            "best_first".
+        evaluations: How many candidates a screened search evaluates in all, at most, in the orders "best_first" and
+            "joint"; by default as many as they take.
         order: Order in which the search visits the layers: one of "vision_text", "text_vision", "vision", "text",
-            "interleaved", "exhaustive", or an explicit list of module names.
+            "interleaved", "exhaustive", or an explicit list of module names. A screened search also has "best_first"
+            (the layers with a predicted gain, the largest first) and "joint" (all layers at once, in rounds).
         criterion: What a candidate must lower: the "total" loss (the paper's), its "id" or its "ood" part.
         passes: Number of times the search goes through all layers; it ends early when a pass changes nothing.
         recording_memory: GiB of recorded hidden states that the search may hold; by default half of the memory
@@ -126,6 +133,9 @@ class SeTARConfig(PeftConfig):
     finetune: bool = False
     init_weights: bool = True
     candidate_ratios: list[float] | tuple[float, ...] | dict[str, list[float]] = DEFAULT_CANDIDATES
+    search: str = "greedy"
+    verify: int | None = None
+    evaluations: int | None = None
     order: str | list[str] = "vision_text"
     criterion: str = "total"
     passes: int = 1

@@ -13,7 +13,9 @@ from peft.utils.warning import PeftWarning
 
 from setar_peft.decomposition import PRUNE_STRATEGIES, check_rank_ratio
 
-ORDERS = ("vision_text", "text_vision", "vision", "text", "interleaved", "exhaustive")
+SEARCHES = ("greedy", "screened")
+SCREENED_ORDERS = ("best_first", "joint")
+ORDERS = ("vision_text", "text_vision", "vision", "text", "interleaved", "exhaustive", *SCREENED_ORDERS)
 CRITERIA = ("total", "id", "ood")
 
 
@@ -110,6 +112,31 @@ def check_search(config: Any) -> None:
             )
     elif not config.order or not _is_names(config.order):
         raise ValueError(f"order is {config.order!r}; an explicit order is a list of module names, top first.")
+    if config.search not in SEARCHES:
+        raise ValueError(f"search is {config.search!r}; give one of {', '.join(map(repr, SEARCHES))}.")
+    if config.order in SCREENED_ORDERS and config.search != "screened":
+        raise ValueError(
+            f"order is {config.order!r}, which goes by predictions, and search is {config.search!r}; add "
+            "search='screened', or take another order."
+        )
+    for name, wanted, is_used in (
+        ("verify", "candidates a layer to evaluate", config.search == "screened" and config.order != "joint"),
+        ("evaluations", "candidates to evaluate in all", config.order in SCREENED_ORDERS),
+    ):
+        value = getattr(config, name)
+        if value is not None and (not _is_integer(value) or value < 1):
+            raise ValueError(f"{name} is {value!r}; give the number of {wanted}, 1 or more.")
+        if value is not None and not is_used:
+            raise ValueError(
+                f"{name} is {value}, which search={config.search!r} with order={config.order!r} does not ask for: "
+                "verify is for search='screened' in every order but 'joint', evaluations for the orders 'best_first' "
+                "and 'joint'. Leave it out, or change those."
+            )
+    if config.order == "joint" and config.passes != 1:
+        raise ValueError(
+            f"passes is {config.passes!r}, and order 'joint' goes on for as long as a round takes anything; leave "
+            "passes out, or bound the search with evaluations."
+        )
     if not _is_integer(config.passes) or config.passes < 1:
         raise ValueError(f"passes is {config.passes!r}; give an integer of 1 or more.")
     memory = config.recording_memory

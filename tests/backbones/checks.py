@@ -15,7 +15,7 @@ from torch import nn
 from setar_peft import LoCoOpObjective, SeTARConfig, estimate_cost, search_rank_ratios
 from setar_peft.backbones import ImageFeatures, Logits, backbone_of
 from setar_peft.objectives.base import Objective
-from setar_peft.search.plan import BlockPasses
+from setar_peft.search.passes import BlockPasses
 from setar_peft.search.trace import SearchTrace
 
 CLASSES = ["cat", "dog", "frog", "ship"]

@@ -14,7 +14,7 @@ from transformers import CLIPModel
 
 from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
 from setar_peft.decomposition import decompose
-from setar_peft.search.evaluate import ReplayEvaluator
+from setar_peft.search.replay import ReplayEvaluator
 
 Clip = Callable[..., CLIPModel]
 Objective = Callable[..., LoCoOpObjective]

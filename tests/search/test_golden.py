@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+import setar_peft.search.weights
 from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
-from setar_peft.decomposition import decompose, svd_by_gram
+from setar_peft.decomposition import decompose
 from setar_peft.objectives.loss import LossValues
-from setar_peft.search.greedy import greedy_search
+from setar_peft.search.decisions import greedy_search
 from tests.conftest import GOLDEN, read_json
 
 TARGETS = {"W_up": ["mlp.fc1"], "W_q": ["self_attn.q_proj"]}
@@ -70,7 +71,11 @@ def tolerance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """
     if request.param == "lapack":
         return request.getfixturevalue("loss_tolerance")
-    monkeypatch.setattr(torch.linalg, "svd", lambda matrix, full_matrices: svd_by_gram(matrix))
+
+    def by_gram(*args: Any, **settings: Any) -> Any:
+        return decompose(*args, **{**settings, "by_gram": True})
+
+    monkeypatch.setattr(setar_peft.search.weights, "decompose", by_gram)
     return 5e-5
 
 
@@ -150,7 +155,7 @@ def test_random_pruning_has_the_published_losses(
 
 
 def _without(model: CLIPModel, name: str, components: list[int]) -> torch.Tensor:
-    u, s, vh, _ = vars(decompose(model.get_submodule(name).weight)).values()
+    u, s, vh = torch.linalg.svd(model.get_submodule(name).weight.detach(), full_matrices=False)
     kept = [index for index in range(len(s)) if index not in components]
     return (u[:, kept] * s[kept]) @ vh[kept]
 
@@ -162,10 +167,10 @@ def _decisions(golden: dict[str, Any]) -> list[float]:
     ratios = sorted({ratio for _, _, ratio, _ in rows} - {0.0})
     chosen: list[float] = []
     decisions = greedy_search(
-        [[layer] for layer in layers],
+        lambda: [[layer] for layer in layers],
         LossValues(losses[layers[0], 0.0]),
         lambda _: ratios,
-        lambda layer, candidates: [LossValues(losses[layer, ratio]) for ratio in candidates],
+        lambda layer, candidates: {ratio: LossValues(losses[layer, ratio]) for ratio in candidates},
         lambda _, ratio: chosen.append(ratio),
     )
     taken = [decision.rank_ratio for decision in decisions]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 import setar_peft.search.weights
 from setar_peft import LoCoOpObjective, PatchMetricObjective, SeTARConfig, estimate_cost, search_rank_ratios
-from setar_peft.search.plan import BlockPasses
+from setar_peft.search.passes import BlockPasses
 from tests.backbones import checks
 from tests.conftest import GOLDEN
 

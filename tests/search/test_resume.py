@@ -206,7 +206,7 @@ def _edit_consistently(trace: dict[str, Any]) -> None:
         (lambda trace: trace["rows"][2].__setitem__(5, float("nan")), "the loss of rows[2] is nan"),
         (lambda trace: trace["rows"][2].__setitem__(3, True), "layer_num of rows[2] is True and no int | None"),
         (lambda trace: trace["rows"].pop(0), "rows[0] is of step 1"),
-        (lambda trace: trace["candidates"][3].append(1), "candidates[3] has 9 columns, where there are 8"),
+        (lambda trace: trace["candidates"][3].append(1), "candidates[3] has 10 columns, where there are 9"),
         (lambda trace: trace["candidates"][3].__setitem__(0, 70), "candidates[3] is of step 70, of 7 steps"),
         (lambda trace: trace["candidates"].pop(), "it has no candidate of ratio 0.4 of text_model.encoder.layers.0"),
         (lambda trace: trace["rows"].append([7, *trace["rows"][-1][1:]]), "it has 8 steps, and the search 7"),

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import CLIPModel
 from transformers.pytorch_utils import Conv1D
 
-import setar_peft.search.evaluate
+import setar_peft.search.replay
 from setar_peft import LoCoOpObjective, SeTARConfig, search_rank_ratios
 from setar_peft.search.trace import SearchTrace
 
@@ -114,11 +114,11 @@ def test_sharing_within_a_block_is_seen_to_be_right(
     shared = losses()
     with_sharing = calls["attention"]
 
-    class NoSharing(setar_peft.search.evaluate.SharedPrefix):
+    class NoSharing(setar_peft.search.replay.SharedPrefix):
         def __init__(self, modules: Any, target: nn.Module) -> None:
             super().__init__([], target)
 
-    monkeypatch.setattr(setar_peft.search.evaluate, "SharedPrefix", NoSharing)
+    monkeypatch.setattr(setar_peft.search.replay, "SharedPrefix", NoSharing)
     assert losses() == pytest.approx(shared, abs=1e-7)
     # The last block's projections are called one by one: there a hook still sees a call that is only handed back.
     blocks, candidates = 3, 8

@@ -1,0 +1,86 @@
+"""What a search is of, told in digests: a model, its configuration, and a set of examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import transformers
+from torch import Tensor, nn
+
+from setar_peft.decomposition import tensor_digest
+
+_Item = TypeVar("_Item")
+
+_MODULUS = 2**128
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A digest of every parameter and buffer: names, shapes, dtypes and values."""
+    state = model.state_dict()
+    digests = in_threads(tensor_digest, state.values())
+    return _combined(f"{name} {digest}" for name, digest in zip(state, digests, strict=True))
+
+
+def model_configuration(model: nn.Module) -> dict[str, Any] | None:
+    """What the configuration of a transformers model says of its computation; None where there is no configuration.
+
+    Left out are where it came from, with which version, its dtype, which the fingerprint knows, and names of classes.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, transformers.PretrainedConfig):
+        return None
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: kept(part) for name, part in value.items() if not _says_nothing(name)}
+        return value
+
+    return dict(kept(json.loads(config.to_json_string(use_diff=False))))
+
+
+def _says_nothing(name: str) -> bool:
+    return name.startswith("_") or name in (
+        *("transformers_version", "architectures", "dtype", "torch_dtype", "id2label", "label2id"),
+    )
+
+
+class SetFingerprint:
+    """A digest of a set of labelled examples; neither their order nor how they are batched or sharded changes it."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def add(self, inputs: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: Tensors with one row an example.
+            labels: (examples,).
+        """
+
+        def digest_of(index: int) -> str:
+            return _combined(
+                [str(int(labels[index])), *(tensor_digest(inputs[name][index]) for name in sorted(inputs))]
+            )
+
+        for digest in in_threads(digest_of, range(len(labels))):
+            self.value = (self.value + int(digest, 16)) % _MODULUS
+
+    @staticmethod
+    def combined(values: list[int]) -> str:
+        """The digest of the union of several processes' shards."""
+        return f"{sum(values) % _MODULUS:032x}"
+
+
+def in_threads(digest: Callable[[_Item], str], items: Iterable[_Item]) -> list[str]:
+    """Digests of many things, in their order; hashing large buffers leaves other threads room to run."""
+    with ThreadPoolExecutor(thread_name_prefix="setar_peft-digest") as pool:
+        return list(pool.map(digest, items))
+
+
+def _combined(parts: Iterable[str]) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
