@@ -16,6 +16,7 @@ from setar_peft import LoCoOpObjective, SeTARConfig, estimate_cost, search_rank_
 from setar_peft.backbones import ImageFeatures, Logits, backbone_of
 from setar_peft.objectives.base import Objective
 from setar_peft.search.passes import BlockPasses
+from setar_peft.search.plan import USUAL_ROUNDS
 from setar_peft.search.trace import SearchTrace
 
 CLASSES = ["cat", "dog", "frog", "ship"]
@@ -116,42 +117,106 @@ def same_search_by_replay_and_in_full(model: Any, objective: Objective, **settin
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     # A search in which no candidate matters would agree with anything.
     assert len(set(losses[0])) > 3
+    same_predictions_by_replay_and_in_full(model, objective, **settings)
     return replayed.rank_ratios
 
 
+def loss_with_gradient(model: Any, objective: LoCoOpObjective) -> torch.Tensor:
+    """The LoCoOp loss of a model as one tensor, through its whole forward: no recording, no sums by batch."""
+    backbone = backbone_of(model)
+    classes = objective.class_weights(backbone)
+    batches = [(backbone.logits(inputs, classes), labels) for inputs, labels in objective.batches()]
+    losses, entropies = [], []
+    for logits, labels in batches:
+        losses.append(torch.nn.functional.cross_entropy(logits.pooled, labels, reduction="sum"))
+        true = logits.local[torch.arange(len(labels)), :, labels]
+        is_ood = (logits.local > true[..., None]).sum(-1) >= objective.top_k
+        is_ood = is_ood if logits.mask is None else is_ood & logits.mask
+        likely = logits.local[is_ood].softmax(-1)
+        entropies.append((likely * (likely + 1e-5).log()).sum(-1))
+    return sum(losses) / len(objective) + objective.ood_weight * torch.cat(entropies).mean().nan_to_num()
+
+
+def same_predictions_by_replay_and_in_full(model: Any, objective: LoCoOpObjective, **settings: Any) -> None:
+    """The gradient that is put together from parts predicts what autograd finds in the model's whole forward."""
+    config = SeTARConfig(candidate_ratios=CANDIDATES, search="screened", **settings)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    replayed = search_rank_ratios(model, objective, config, progress=False)
+    full = search_rank_ratios(model, lambda candidate: loss_with_gradient(candidate, objective), config, progress=False)
+    changes = [[one.change for one in result.trace.predictions] for result in (replayed, full)]
+    largest = max(map(abs, changes[1]))
+    assert largest > 1e-4
+    assert changes[0] == pytest.approx(changes[1], abs=2e-4 * largest)
+    assert replayed.rank_ratios == full.rank_ratios
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 @contextmanager
-def counting_block_passes(model: Any) -> Iterator[Counter[str]]:
-    """Count inputs that pass a tower's blocks: calls of `Tower.step` below the last block, and of `Tower.finish`."""
+def counting_block_passes(model: Any) -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """Count inputs that pass a tower's blocks: calls of `Tower.step` below the last block, and of `Tower.finish`.
+
+    Yields:
+        All of them by tower, and those whose outputs have a gradient that is passed back.
+    """
     passes: Counter[str] = Counter()
+    backward: Counter[str] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         for kind in {type(tower) for tower in backbone_of(model).towers.values()}:
 
             def step(self: Any, entry: Any, level: int, hidden: Any, call: Any = kind.step) -> Any:
-                passes[self.name] += entry.rows * (level < len(self.blocks) - 1)
-                return call(self, entry, level, hidden)
+                below_last = level < len(self.blocks) - 1
+                output = call(self, entry, level, hidden)
+                passes[self.name] += entry.rows * below_last
+                backward[self.name] += entry.rows * (below_last and output.requires_grad)
+                return output
 
             def finish(self: Any, entry: Any, hidden: Any, call: Any = kind.finish) -> Any:
+                outputs = call(self, entry, hidden)
                 passes[self.name] += entry.rows
-                return call(self, entry, hidden)
+                backward[self.name] += entry.rows * outputs[0].requires_grad
+                return outputs
 
             patch.setattr(kind, "step", step)
             patch.setattr(kind, "finish", finish)
-        yield passes
+        yield passes, backward
 
 
-def passes_by_the_formula(model: Any, trace: SearchTrace) -> dict[str, int]:
+def passes_by_the_formula(model: Any, trace: SearchTrace) -> BlockPasses:
     """Block passes that docs/search.md grants the search behind a trace."""
     backbone = backbone_of(model)
     passes = BlockPasses({name: len(tower.blocks) for name, tower in backbone.towers.items()})
+    lowest: dict[str, int] = {}
+    for module in {row.module for row in trace.rows}:
+        tower, level, _ = backbone.locate(module)
+        top = len(backbone.towers[tower].blocks) - 1
+        lowest[tower] = min(level, lowest.get(tower, top))
     present: dict[str, float] = {}
+    held: dict[str, float] = {}
+
+    def hold(ratios: dict[str, float]) -> None:
+        for module, ratio in ratios.items():
+            if ratio != held.get(module, 0.0):
+                passes.change(*backbone.locate(module)[:2])
+        held.update(ratios)
+
+    together = {candidate.trial for candidate in trace.candidates} - {None}
+    gradients = sorted({prediction.step for prediction in trace.predictions})
     for row in trace.rows:
-        tried = Counter(candidate.module for candidate in trace.candidates if candidate.step == row.step)
-        for module, candidates in tried.items():
+        if row.step in gradients:
+            passes.gradient(lowest)
+            end = next((step for step in gradients if step > row.step), len(trace.rows))
+            tried = [candidate for candidate in trace.candidates if row.step <= candidate.step < end]
+            for trial in sorted({candidate.trial for candidate in tried} & together):
+                changes = {one.module: one.rank_ratio for one in tried if one.trial == trial}
+                hold({**dict.fromkeys(held, 0.0), **present, **changes})
+                passes.present()
+        alone = [one for one in trace.candidates if one.step == row.step and one.trial is None]
+        for module, candidates in Counter(candidate.module for candidate in alone).items():
             passes.evaluate(*backbone.locate(module)[:2], candidates)
-        if row.best_ratio != present.get(row.module, 0.0):
-            passes.change(*backbone.locate(row.module)[:2])
+        hold({row.module: row.best_ratio})
         present[row.module] = row.best_ratio
-    return passes.count
+    return passes
 
 
 def takes_the_passes_of_the_formula(model: Any, objective: Objective, **settings: Any) -> dict[str, float]:
@@ -162,9 +227,15 @@ def takes_the_passes_of_the_formula(model: Any, objective: Objective, **settings
         trace = search_rank_ratios(model, objective, config, progress=False).trace
     inputs = dict.fromkeys(backbone_of(model).towers, estimate.classes)
     inputs[backbone_of(model).input_tower] = estimate.images
-    passes = {tower: count / inputs[tower] for tower, count in counted.items()}
-    assert passes == passes_by_the_formula(model, trace)
-    assert all(count <= estimate.block_passes[tower] for tower, count in passes.items())
+    passes, backward = ({tower: count / inputs[tower] for tower, count in one.items()} for one in counted)
+    formula = passes_by_the_formula(model, trace)
+    assert passes == formula.count
+    assert backward == formula.backward
+    # How many evaluations a joint search takes is not known beforehand.
+    trials = {candidate.trial for candidate in trace.candidates} - {None}
+    if len(trials) <= USUAL_ROUNDS and len({one.step for one in trace.predictions}) <= USUAL_ROUNDS:
+        assert all(count <= estimate.block_passes[tower] for tower, count in passes.items())
+        assert all(count <= estimate.backward_passes[tower] for tower, count in backward.items())
     return passes
 
 
@@ -172,6 +243,9 @@ def stays_within_the_bound(model: Any, objective: Objective) -> None:
     """J N (N + 1) / 2 + 2 N block passes a tower, and J more for each layer above the blocks."""
     backbone = backbone_of(model)
     counted = takes_the_passes_of_the_formula(model, objective)
+    for order in ("vision_text", "best_first", "joint"):
+        order = "text" if order == "vision_text" and "vision" not in backbone.towers else order
+        takes_the_passes_of_the_formula(model, objective, search="screened", order=order)
     assert set(counted) == set(backbone.towers)
     for name, tower in backbone.towers.items():
         depth, candidates = len(tower.blocks), len(CANDIDATES)

@@ -18,6 +18,7 @@ from tests.backbones import checks
 from tests.conftest import GOLDEN
 
 BOTTOM_UP = [f"vision_model.encoder.layers.{level}.mlp.fc1" for level in range(4)]
+ALL = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"]
 TURNS = [BOTTOM_UP[3], "text_model.encoder.layers.0.mlp.fc1", BOTTOM_UP[0], "text_model.encoder.layers.2.mlp.fc1"]
 
 
@@ -50,6 +51,25 @@ def decompositions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         {"target_modules": ["visual_projection", "text_projection", "mlp.fc1"]},
         {"target_modules": ["visual_projection", "text_projection"], "order": "interleaved"},
         {"target_modules": ["self_attn.q_proj", "self_attn.v_proj", "mlp.fc2"]},
+        *(
+            {"search": "screened", **settings}
+            for settings in (
+                {"verify": 1},
+                {"verify": 2, "order": "text_vision"},
+                {"verify": 99, "order": "exhaustive"},
+                {"order": TURNS},
+                {"order": "text"},
+                {"passes": 3},
+                {"target_modules": ["visual_projection", "text_projection"]},
+                {"target_modules": ["visual_projection", "mlp.fc1"], "order": "best_first"},
+                {"target_modules": ALL, "order": "best_first", "passes": 2},
+                {"target_modules": ALL, "order": "best_first", "verify": 2, "evaluations": 5},
+                {"order": BOTTOM_UP[2:]},
+                {"order": "joint"},
+                {"target_modules": ALL, "order": "joint", "evaluations": 4},
+                {"target_modules": ["self_attn.k_proj"], "order": "joint"},
+            )
+        ),
     ],
     ids=str,
 )
