@@ -149,7 +149,8 @@ def screened(
     """Evaluate a few candidates of one layer: the best-predicted first, and each next in the light of those before.
 
     What the gradient misses grows, to second order, with the square of what is removed. Its factor is fitted to what
-    was evaluated, so that where the best-predicted candidate went too far the next one is a smaller step.
+    was evaluated, so that where the best-predicted candidate went too far the next one is a smaller step; where it
+    went further down than predicted, the prediction stands.
 
     Args:
         predictions: Ratio -> what is predicted of it.
@@ -177,11 +178,11 @@ def screened(
 
 
 def _curvature(predictions: Mapping[float, Prediction], exact: Mapping[float, float]) -> float:
-    """The factor of the energy that brings predictions nearest to exact changes (least squares); 0 without any."""
+    """The factor of the energy, 0 or more, that brings predictions nearest to exact changes (least squares)."""
     points = [(predictions[ratio].energy, change - predictions[ratio].change) for ratio, change in exact.items()]
     points = [(energy, missing) for energy, missing in points if math.isfinite(missing)]
     square = sum(energy**2 for energy, _ in points)
-    return sum(energy * missing for energy, missing in points) / square if square else 0.0
+    return max(0.0, sum(energy * missing for energy, missing in points) / square) if square else 0.0
 
 
 def by_gain(predictions: Predictions, ratios: Callable[[str], Sequence[float]]) -> dict[str, float]:
