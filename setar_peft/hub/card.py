@@ -125,7 +125,7 @@ def _section(folder: Path, config: SeTARConfig, base_model: str | None, base_cla
     about = (
         "SeTAR makes a model better at telling out-of-distribution (OOD) inputs from in-distribution ones by removing "
         "a share of the singular components of a few weight matrices. Which layers and how much of each is found by a "
-        "greedy search on a few in-distribution images; the base model itself is not changed."
+        f"{config.search} search on a few in-distribution images; the base model itself is not changed."
     )
     usage = (
         "import setar_peft  # registers SeTAR with PEFT; needed once, before loading\n"

@@ -201,9 +201,10 @@ class Course:
         if is_known:
             trial = self._trials
             known = [one for one in self._done.candidates if one.trial == trial]
-            if {one.module: one.rank_ratio for one in known} != changes:
+            losses_told = {repr(one[3:8]) for one in known}
+            if {one.module: one.rank_ratio for one in known} != changes or len(losses_told) != 1:
                 raise self._damaged(
-                    f"its evaluation {trial} is not of {len(changes)} changes that its predictions lead to"
+                    f"its evaluation {trial} is not one of the {len(changes)} changes that its predictions lead to"
                 )
             losses = LossValues(*known[0][3:8])
         else:
@@ -250,9 +251,12 @@ class Course:
                 for tried in decision.candidates
             )
             self.trace.rows.append(row)
+            before = self._done.rows[row.step : row.step + 1]
+            if known and not before:
+                raise self._damaged(f"it ends with rows[{row.step - 1}], within a round")
             # As text, for a part of a callable's loss is NaN.
-            if known and repr(row) != repr(before := self._done.rows[row.step]):
-                raise self._damaged(f"rows[{row.step}] is {tuple(before)}, and by its candidates {tuple(row)}")
+            if known and repr(row) != repr(before[0]):
+                raise self._damaged(f"rows[{row.step}] is {tuple(before[0])}, and by its candidates {tuple(row)}")
         if not known:
             self._save()
 

@@ -188,7 +188,9 @@ def test_the_search_is_at_work_when_it_is_killed_in_a_round(
         (lambda trace: trace["predictions"][3].pop(), "predictions[3] has 4 columns, where there are 5"),
         (lambda trace: trace["predictions"][3].__setitem__(0, 99), "predictions[3] is of step 99, after"),
         (lambda trace: trace["predictions"][3].__setitem__(3, "x"), "change of predictions[3] is 'x' and no float"),
-        (lambda trace: _invert(trace), "is not of"),
+        (lambda trace: _invert(trace), "evaluation 0 is not one of the"),
+        (lambda trace: trace["rows"].pop(), "within a round"),
+        (lambda trace: trace["candidates"][1].__setitem__(3, 9.0), "evaluation 0 is not one of the"),
         (lambda trace: trace["candidates"][0].__setitem__(8, 1.5), "trial of candidates[0] is 1.5 and no int | None"),
     ],
 )
