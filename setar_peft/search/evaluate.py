@@ -71,6 +71,11 @@ class Evaluator(TruncatedLayers, ABC):
         Raises:
             ValueError: If there is no gradient, it is not finite, or it is 0 for every layer.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "A screened search needs gradients, and within torch.inference_mode() there are none. Search outside of "
+                "it; nothing that the search computes besides keeps a graph."
+            )
         gradients = self.gradients(criterion)
         largest = {layer: float(gradient.abs().max()) for layer, gradient in gradients.items()}
         bad = [layer for layer, value in largest.items() if not math.isfinite(value)]

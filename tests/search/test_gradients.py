@@ -308,6 +308,12 @@ def test_a_callable_without_a_gradient_gets_a_sentence(objective: Any, message: 
         search_rank_ratios(_stack(), objective, config, progress=False)
 
 
+def test_inference_mode_gets_a_sentence() -> None:
+    config = SeTARConfig(search="screened", target_modules=["0", "2"], candidate_ratios=[0.25, 0.5])
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"within torch\.inference_mode\(\) there are none"):
+        search_rank_ratios(_stack(), _squares, config, progress=False)
+
+
 def test_a_layer_that_a_callable_does_not_use_has_no_predicted_change() -> None:
     config = SeTARConfig(search="screened", target_modules=["0", "2"], candidate_ratios=[0.25], order="best_first")
     trace = search_rank_ratios(_stack(), lambda model: model[0].weight.square().sum(), config, progress=False).trace
