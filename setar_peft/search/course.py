@@ -107,7 +107,7 @@ class Course:
                 candidates,
                 self._losses_together,
                 choose,
-                evaluations=self._plan.budget,
+                evaluations=self._plan.most_evaluations,
                 criterion=self._criterion,
             )
         greedy = greedy_search(
@@ -129,6 +129,8 @@ class Course:
         gains = by_gain(
             predictions, lambda layer: [ratio for ratio in predictions[layer] if ratio != self.rank_ratios[layer]]
         )
+        left = self._plan.evaluations() - len(self.trace.candidates)
+        self._bar.expect(self._plan.work_of(list(gains)[:left], self._costs))
         return [[layer] for layer in (*gains, *(layer for layer in predictions if layer not in gains))]
 
     def _criterion(self, losses: LossValues) -> float:
@@ -163,8 +165,8 @@ class Course:
     def _losses_screened(self, layer: str, ratios: Sequence[float]) -> dict[float, LossValues]:
         """Losses of a layer's best-predicted candidates."""
         is_best_first, most = self._plan.order == "best_first", self._plan.tried(layer)
-        if self._plan.budget is not None:
-            most = min(most, self._plan.budget - len(self.trace.candidates))
+        if self._plan.most_evaluations is not None:
+            most = min(most, self._plan.most_evaluations - len(self.trace.candidates))
         return screened(
             self._predictions[layer],
             ratios,

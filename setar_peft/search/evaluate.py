@@ -73,8 +73,8 @@ class Evaluator(TruncatedLayers, ABC):
         """
         if torch.is_inference_mode_enabled():
             raise ValueError(
-                "A screened search needs gradients, and within torch.inference_mode() there are none. Search outside of "
-                "it; nothing that the search computes besides keeps a graph."
+                "A screened search needs gradients, and within torch.inference_mode() there are none. Search outside "
+                "of it; nothing else that the search computes keeps a graph."
             )
         gradients = self.gradients(criterion)
         largest = {layer: float(gradient.abs().max()) for layer, gradient in gradients.items()}

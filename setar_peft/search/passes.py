@@ -93,7 +93,7 @@ def block_passes(plan: SearchPlan, depths: Mapping[str, int]) -> BlockPasses:
                 passes.change(tower, level)
             passes.present()
         return passes
-    left: float = plan.budget or math.inf
+    left: float = plan.most_evaluations or math.inf
     for _ in range(plan.passes):
         if plan.is_screened:
             passes.gradient(lowest)

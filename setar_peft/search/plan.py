@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -52,7 +52,7 @@ class SearchPlan:
         left_out: Which ratios are not tried, since they remove nothing or what another one removes.
         verify: Candidates of a layer that are evaluated, those that a gradient predicts best; None for all of them.
         order: "best_first" and "joint", whose steps follow the predictions; "steps" for the steps as they stand.
-        budget: The most evaluations of the whole search; None for as many as it takes.
+        most_evaluations: The most evaluations of the whole search; None for as many as it takes.
     """
 
     backbone: Backbone | None
@@ -63,7 +63,7 @@ class SearchPlan:
     left_out: str = ""
     verify: int | None = None
     order: str = "steps"
-    budget: int | None = None
+    most_evaluations: int | None = None
 
     @property
     def is_screened(self) -> bool:
@@ -108,12 +108,12 @@ class SearchPlan:
         In the order "joint" all layers are candidates together, once a round.
         """
         if self.order == "joint":
-            return min(self.rounds, self.budget or self.rounds)
+            return min(self.rounds, self.most_evaluations or self.rounds)
         count = 0
         for index, step in enumerate(self.steps):
             left = len(step) - index if len(step) > 1 else 1
             count += sum(sorted(map(self.tried, step), reverse=True)[:left])
-        return min(count * self.passes, self.budget or count * self.passes)
+        return min(count * self.passes, self.most_evaluations or count * self.passes)
 
     def work(self, costs: Costs) -> dict[str, float]:
         """Seconds of the whole search by tower, at most: of layers that compete, a mean one is decided first.
@@ -132,6 +132,14 @@ class SearchPlan:
                     work[tower] = work.get(tower, 0.0) + seconds
         if self.is_screened:
             work["gradients"] = self.rounds * self.gradient_seconds(costs)
+        return work
+
+    def work_of(self, layers: Iterable[str], costs: Costs) -> dict[str, float]:
+        """Seconds by tower that visiting some layers once takes at most."""
+        work: dict[str, float] = {}
+        for layer in layers:
+            tower = self.locations[layer].tower
+            work[tower] = work.get(tower, 0.0) + self.tried(layer) * self.seconds(layer, costs)
         return work
 
     def gradient_seconds(self, costs: Costs) -> float:

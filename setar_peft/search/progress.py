@@ -68,6 +68,15 @@ class SearchProgress:
         self._loss = f"{loss:.6f}"
         self._bar.update(self._task, total=self._total)
 
+    def expect(self, work: Mapping[str, float]) -> None:
+        """Count with other work from here on than `begin` was told.
+
+        Args:
+            work: Seconds that the rest of the search will take by tower, as predicted.
+        """
+        self._total += sum(work.values()) - sum(self._left.values())
+        self._left = dict(work)
+
     def candidate(self, layer: Location, ratio: float, share: float, seconds: float) -> None:
         """Show a candidate.
 
@@ -118,8 +127,9 @@ class SearchProgress:
             self._taken[kind] += now - self._since
         self._since = now
         # A search whose rounds are not known beforehand may take more of them than was thought.
-        self._total += max(0.0, seconds - self._left[kind])
-        self._left[kind] = max(0.0, self._left[kind] - seconds)
+        left = self._left.get(kind, 0.0)
+        self._total += max(0.0, seconds - left)
+        self._left[kind] = max(0.0, left - seconds)
         done = self._total - sum(self._left.values())
         self._bar.update(self._task, completed=done, total=self._total)
         if self._logs:

@@ -378,11 +378,14 @@ def test_a_part_of_the_loss_is_followed_by_its_own_gradient(load_clip: Clip, cli
 
 
 def test_progress_shows_the_gradients(load_clip: Clip, clip_objective: Objective, capfd: Any) -> None:
-    for settings in ({}, {"order": "joint"}, {"order": "best_first"}):
+    for settings in ({}, {"order": "joint"}, {"order": "best_first", "evaluations": 3}):
         search_rank_ratios(load_clip(), clip_objective(), SeTARConfig(search="screened", **settings))
         lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("SeTAR search")]
         assert "gradients  best loss 0.63466" in lines[0]
         assert "changes at once" in lines[1] if settings.get("order") == "joint" else "W_up" in lines[1]
+        if settings.get("order") == "best_first":
+            assert "100%" in lines[-1]
+            assert "about 0 s left" in lines[-1]
 
 
 def test_any_model_with_a_callable(tmp_path: Path) -> None:
