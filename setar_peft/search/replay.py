@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -27,6 +28,9 @@ from setar_peft.search.evaluate import Evaluator, Progress
 from setar_peft.search.fingerprints import SetFingerprint
 from setar_peft.search.plan import Costs
 from setar_peft.search.recording import MemoryBudget, Recording
+
+# Share of a host's memory that the graph of one batch leaves free.
+_LEAST_FREE = 0.05
 
 _Outputs = dict[nn.Module, list[Any]]
 
@@ -240,7 +244,19 @@ class ReplayEvaluator(Evaluator):
         level = self._lowest[tower.name]
         entry = recording.entry(batch)
         args, kwargs, hidden = tree_map(_in_float32, (entry.args, entry.kwargs, recording.input_at(batch, level)))
-        return _features_from(tower, replace(entry, args=args, kwargs=kwargs), level, hidden)
+        return _features_from(tower, replace(entry, args=args, kwargs=kwargs), level, hidden, self._check_room)
+
+    def _check_room(self) -> None:
+        """Run out of memory before the system does: on a CPU nothing else ends a graph that grows too large.
+
+        Raises:
+            torch.OutOfMemoryError: If little host memory is left; smaller batches have smaller graphs.
+        """
+        memory = psutil.virtual_memory()
+        if self._device.type == "cpu" and memory.available < _LEAST_FREE * memory.total:
+            raise torch.OutOfMemoryError(
+                f"The graph of one batch leaves {memory.available / 2**30:.1f} GiB of {memory.total / 2**30:.1f} free."
+            )
 
     @contextmanager
     def _leaves(self) -> Iterator[dict[str, nn.Parameter]]:
@@ -386,8 +402,12 @@ def _in_float32(value: Any) -> Any:
     return value.float() if is_half else value
 
 
-def _features_from(tower: Tower, entry: TowerInput, level: int, hidden: Tensor) -> tuple[Tensor, ...]:
+def _features_from(
+    tower: Tower, entry: TowerInput, level: int, hidden: Tensor, before_block: Callable[[], None] = lambda: None
+) -> tuple[Tensor, ...]:
     """The tower's features from the input of block `level` (of the last block, for a level above it)."""
     for current in range(level, len(tower.blocks) - 1):
+        before_block()
         hidden = tower.step(entry, current, hidden)
+    before_block()
     return tower.finish(entry, hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -362,6 +363,20 @@ def test_out_of_memory_halves_the_batch_and_changes_no_prediction(load_clip: Cli
         tight = search_rank_ratios(load_clip(), objective, config, progress=False)
     assert [str(one.message).split(" images")[0][-2:] for one in warned] == ["24", "12"]
     assert tight.rank_ratios == roomy.rank_ratios
+    assert order_of_candidates(tight.trace) == order_of_candidates(roomy.trace)
+
+
+def test_little_host_memory_halves_the_batch_before_the_system_kills(
+    load_clip: Clip, clip_objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = iter([50, 20, 3])  # GB of 100: for the recordings, and at the first two blocks; then enough
+    room = lambda: SimpleNamespace(available=next(free, 50) * 1e9, total=1e11)  # noqa: E731
+    roomy = search_rank_ratios(load_clip(), clip_objective(), SeTARConfig(search="screened"), progress=False)
+    monkeypatch.setattr("psutil.virtual_memory", room)
+    with pytest.warns(
+        RuntimeWarning, match="Out of memory with 24 images or prompts a batch; the search goes on with 12"
+    ):
+        tight = search_rank_ratios(load_clip(), clip_objective(), SeTARConfig(search="screened"), progress=False)
     assert order_of_candidates(tight.trace) == order_of_candidates(roomy.trace)
 
 
