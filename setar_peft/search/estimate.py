@@ -24,8 +24,9 @@ from setar_peft.objectives.base import Objective
 from setar_peft.processes import Processes
 from setar_peft.search.passes import block_passes
 from setar_peft.search.plan import SearchPlan, plan_search
+from setar_peft.search.prefix import SharedPrefix
 from setar_peft.search.recording import MemoryBudget
-from setar_peft.search.replay import ReplayEvaluator, SharedPrefix
+from setar_peft.search.replay import ReplayEvaluator
 from setar_peft.tuner.config import SeTARConfig
 
 

@@ -1,9 +1,10 @@
-"""What a search is of, told in digests: a model, its configuration, and a set of examples."""
+"""What a search is of: its settings, and digests of a model, its configuration, and a set of examples."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,6 +13,56 @@ import transformers
 from torch import Tensor, nn
 
 from setar_peft.decomposition import tensor_digest
+from setar_peft.objectives.base import Objective
+from setar_peft.tuner.config import SeTARConfig
+from setar_peft.versions import versions
+
+
+def search_settings(config: SeTARConfig, objective: Any, model: nn.Module, data: str | None) -> dict[str, Any]:
+    """Everything that a resumed search has to have in common with the one it continues, and the versions.
+
+    Args:
+        config: The search's config.
+        objective: An `Objective`, of which the settings are taken, or a callable, of which only the name is known.
+        model: The base: its values and its configuration are taken.
+        data: A digest of the data, if they are known.
+
+    Raises:
+        ValueError: If the objective's settings are no plain values.
+    """
+    searched = {name: value for name, value in config.to_dict().items() if name in _SEARCH_FIELDS}
+    named = getattr(objective, "__qualname__", type(objective).__qualname__)
+    settings = {
+        **searched,
+        "objective": objective.settings() if isinstance(objective, Objective) else {"callable": named},
+        "model": model_fingerprint(model),
+        "model_config": model_configuration(model),
+        "data": data,
+        "versions": versions(),
+    }
+    try:
+        # As they come out of a file: what is compared with them does.
+        return dict(json.loads(json.dumps(plain_values(settings), allow_nan=False)))
+    except TypeError as error:
+        raise ValueError(
+            f"settings() of {named} holds what a trace cannot: {error}. Give texts, numbers, lists and mappings."
+        ) from error
+
+
+_SEARCH_FIELDS = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("prune", "seed", "candidate_ratios", "search", "verify", "evaluations", "order", "passes", "criterion"),
+)
+
+
+def plain_values(value: Any) -> Any:
+    """A value as JSON can hold it: numbers that are not finite, which JSON has none of, as texts."""
+    if isinstance(value, dict):
+        return {name: plain_values(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_values(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
 
 _Item = TypeVar("_Item")
 

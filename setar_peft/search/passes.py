@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from setar_peft.search.plan import SearchPlan
+from setar_peft.search.plan import SearchPlan, lowest_levels
 
 
 class BlockPasses:
@@ -85,7 +85,7 @@ def block_passes(plan: SearchPlan, depths: Mapping[str, int]) -> BlockPasses:
         depths: Number of blocks by tower.
     """
     passes = BlockPasses(depths)
-    lowest = plan.lowest_levels()
+    lowest = lowest_levels(plan.backbone, plan.locations.values())
     if plan.order == "joint":
         for _ in range(plan.evaluations()):
             passes.gradient(lowest)

@@ -87,14 +87,6 @@ class SearchPlan:
         count = len(self.candidates[layer])
         return count if self.verify is None else min(count, self.verify)
 
-    def lowest_levels(self) -> dict[str, int]:
-        """The lowest searched block by tower, where its gradient begins; the last one for layers above it."""
-        lowest: dict[str, int] = {}
-        for tower, level, _ in self.locations.values():
-            top = len(self.backbone.towers[tower].blocks) - 1 if self.backbone else 0
-            lowest[tower] = min(level, top, lowest.get(tower, top))
-        return lowest
-
     def passes_of(self, layer: str) -> int:
         """Block passes that one candidate of a layer costs: its block and those above; 1 without towers."""
         if self.backbone is None:
@@ -148,7 +140,7 @@ class SearchPlan:
             return 3 * costs.loss
         of_towers = (
             costs.passes.get(name, 0.0) * (len(self.backbone.towers[name].blocks) - lowest)
-            for name, lowest in self.lowest_levels().items()
+            for name, lowest in lowest_levels(self.backbone, self.locations.values()).items()
         )
         return 3 * (sum(of_towers) + costs.loss)
 
@@ -162,6 +154,15 @@ class SearchPlan:
             return costs.loss
         towers = self.backbone.towers.items()
         return sum(costs.passes.get(name, 0.0) * len(tower.blocks) for name, tower in towers) + costs.loss
+
+
+def lowest_levels(backbone: Backbone | None, locations: Iterable[Location]) -> dict[str, int]:
+    """The lowest searched block by tower, where its gradient begins; the last one for layers above it."""
+    lowest: dict[str, int] = {}
+    for tower, level, _ in locations:
+        top = len(backbone.towers[tower].blocks) - 1 if backbone else 0
+        lowest[tower] = min(level, top, lowest.get(tower, top))
+    return lowest
 
 
 def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> SearchPlan:

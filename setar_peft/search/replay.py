@@ -1,14 +1,8 @@
-"""An objective on a backbone: nothing that a candidate leaves unchanged is computed for it.
-
-The candidates of one layer differ in one weight. Whatever the block computes before that weight is used (for W_up:
-the whole attention) is the same for all of them. It is recorded module by module while the first candidate runs, and
-handed back to the others instead of being computed again. The blocks below are replayed from a recording.
-"""
+"""An objective on a backbone: nothing that a candidate leaves unchanged is computed for it."""
 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,107 +11,21 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from setar_peft.backbones import Backbone, ClassWeights, ImageFeatures, Tower, TowerInput, named_inputs
-from setar_peft.backbones.untouched import HOOKS, attributes_put_back
+from setar_peft.backbones.untouched import attributes_put_back
 from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
 from setar_peft.processes import Processes
 from setar_peft.search.evaluate import Evaluator, Progress
 from setar_peft.search.fingerprints import SetFingerprint
-from setar_peft.search.plan import Costs
+from setar_peft.search.plan import Costs, lowest_levels
+from setar_peft.search.prefix import SharedPrefix
 from setar_peft.search.recording import MemoryBudget, Recording
 
 # Share of a host's memory that the graph of one batch leaves free.
 _LEAST_FREE = 0.05
-
-_Outputs = dict[nn.Module, list[Any]]
-
-
-class SharedPrefix:
-    """The outputs of the modules that finish before `target` first runs.
-
-    Args:
-        modules: The modules to watch: those that may run before the target.
-        target: The module whose weight differs between candidates.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], target: nn.Module) -> None:
-        self._modules = [module for module in dict.fromkeys(modules) if module is not target]
-        self._target = target
-        self._recorded: _Outputs | None = None
-        self._versions: list[tuple[torch.Tensor, int]] = []
-
-    @property
-    def size(self) -> int:
-        """Bytes of the recorded outputs."""
-        return sum(tensor.numel() * tensor.element_size() for tensor, _ in self._versions)
-
-    @contextmanager
-    def record(self) -> Iterator[None]:
-        """Watch one forward pass."""
-        # Calls that finished, innermost open call last; a call that finishes swallows the calls inside it, for
-        # handing back its output means that they never happen.
-        finished: list[list[tuple[nn.Module, Any]]] = [[]]
-        reached = False
-
-        def enter(*_: Any) -> None:
-            if not reached:
-                finished.append([])
-
-        def leave(module: nn.Module, _: Any, output: Any) -> None:
-            if not reached:
-                finished.pop()
-                finished[-1].append((module, output))
-
-        def reach(*_: Any) -> None:
-            nonlocal reached
-            reached = True
-
-        with attributes_put_back([*self._modules, self._target], HOOKS):
-            for module in self._modules:
-                module.register_forward_pre_hook(enter, prepend=True)
-                module.register_forward_hook(leave)
-            self._target.register_forward_pre_hook(reach, prepend=True)
-            yield
-        if not reached:
-            return
-        outputs: _Outputs = defaultdict(list)
-        for call in finished:
-            for module, output in call:
-                outputs[module].append(output)
-        self._recorded = dict(outputs)
-        self._versions = [
-            (leaf, leaf._version)
-            for calls in outputs.values()
-            for leaf in tree_leaves(calls)
-            if isinstance(leaf, torch.Tensor)
-        ]
-
-    @contextmanager
-    def replay(self) -> Iterator[None]:
-        """Hand the recorded outputs back during one forward pass; without a recording, compute everything."""
-        # A later operation that works in place on an output would spoil it for the next candidate.
-        if any(leaf._version != version for leaf, version in self._versions):
-            self._recorded = None
-        recorded = self._recorded or {}
-        with attributes_put_back(recorded, ["forward"]):
-            for module, outputs in recorded.items():
-                module.forward = _handing_back(outputs, module.forward)
-            yield
-
-
-def _handing_back(outputs: Sequence[Any], computed: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that hands back what is recorded, call by call, and computes what was called more often."""
-    waiting = iter(outputs)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        for output in waiting:
-            return output
-        return computed(*args, **kwargs)
-
-    return forward
 
 
 class ReplayEvaluator(Evaluator):
@@ -154,7 +62,7 @@ class ReplayEvaluator(Evaluator):
         self._class_weights: ClassWeights | None = None
         # Of all images with the layers truncated that are at present, once that was computed.
         self._sums: Tensor | None = None
-        self._lowest = self._lowest_levels()
+        self._lowest = lowest_levels(backbone, map(backbone.locate, self.weights))
         self.data_fingerprint = SetFingerprint.combined(self._processes.gathered(self._data.value))
         self.batch_size = max(self._images.largest_batch, self._prompts.largest_batch if self._prompts else 1)
 
@@ -295,15 +203,6 @@ class ReplayEvaluator(Evaluator):
             assert self._prompts is not None
             self._prompts.forget_above(location.level)
             self._class_weights = None
-
-    def _lowest_levels(self) -> dict[str, int]:
-        """The lowest block that is searched by tower; the last one for a layer above the blocks."""
-        lowest: dict[str, int] = {}
-        for layer in self.weights:
-            tower, level, _ = self._backbone.locate(layer)
-            top = len(self._backbone.towers[tower].blocks) - 1
-            lowest[tower] = min(level, top, lowest.get(tower, top))
-        return lowest
 
     def _image_sums(
         self, layer: str, ratios: Sequence[float], matrices: Sequence[Tensor], progress: Progress

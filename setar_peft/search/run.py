@@ -20,15 +20,11 @@ from setar_peft.objectives.base import Objective
 from setar_peft.processes import Processes
 from setar_peft.search.course import Course
 from setar_peft.search.evaluate import Evaluator, FullEvaluator, SmallerBatches, largest_batch
-from setar_peft.search.fingerprints import in_threads
+from setar_peft.search.fingerprints import in_threads, search_settings
 from setar_peft.search.plan import SearchPlan, plan_search
 from setar_peft.search.progress import SearchProgress
 from setar_peft.search.replay import ReplayEvaluator
-from setar_peft.search.trace import (
-    SearchTrace,
-    search_settings,
-    trace_to_continue,
-)
+from setar_peft.search.trace import SearchTrace, trace_to_continue
 from setar_peft.search.weights import SwappableWeight
 from setar_peft.tuner.config import SeTARConfig, objective_settings
 from setar_peft.tuner.loading import plain_name

@@ -13,13 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
-from torch import nn
-
-from setar_peft.objectives.base import Objective
 from setar_peft.objectives.loss import LossValues
-from setar_peft.search.fingerprints import model_configuration, model_fingerprint
-from setar_peft.tuner.config import SeTARConfig
-from setar_peft.versions import versions
+from setar_peft.search.fingerprints import plain_values
 from setar_peft.writing import whole_file
 
 
@@ -202,7 +197,7 @@ class SearchTrace:
 
     def to_json(self) -> str:
         """The whole trace as JSON; numbers that are not finite, which JSON has none of, as "nan", "inf" and "-inf"."""
-        return json.dumps(_plain(asdict(self)), indent=1, allow_nan=False)
+        return json.dumps(plain_values(asdict(self)), indent=1, allow_nan=False)
 
     def save(self, path: str | Path) -> None:
         """Write the trace as JSON, whole or not at all: a reader never sees half a file.
@@ -306,43 +301,6 @@ def trace_to_continue(path: str | Path, *, resume: bool, overwrite: bool) -> Sea
     return SearchTrace.load(target)
 
 
-def search_settings(config: SeTARConfig, objective: Any, model: nn.Module, data: str | None) -> dict[str, Any]:
-    """Everything that a resumed search has to have in common with the one it continues, and the versions.
-
-    Args:
-        config: The search's config.
-        objective: An `Objective`, of which the settings are taken, or a callable, of which only the name is known.
-        model: The base: its values and its configuration are taken.
-        data: A digest of the data, if they are known.
-
-    Raises:
-        ValueError: If the objective's settings are no plain values.
-    """
-    searched = {name: value for name, value in config.to_dict().items() if name in _SEARCH_FIELDS}
-    named = getattr(objective, "__qualname__", type(objective).__qualname__)
-    settings = {
-        **searched,
-        "objective": objective.settings() if isinstance(objective, Objective) else {"callable": named},
-        "model": model_fingerprint(model),
-        "model_config": model_configuration(model),
-        "data": data,
-        "versions": versions(),
-    }
-    try:
-        # As they come out of a file: what is compared with them does.
-        return dict(json.loads(json.dumps(_plain(settings), allow_nan=False)))
-    except TypeError as error:
-        raise ValueError(
-            f"settings() of {named} holds what a trace cannot: {error}. Give texts, numbers, lists and mappings."
-        ) from error
-
-
-_SEARCH_FIELDS = (
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("prune", "seed", "candidate_ratios", "search", "verify", "evaluations", "order", "passes", "criterion"),
-)
-
-
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings that a resumed search must share, nested ones by their names joined by dots."""
     flat: dict[str, Any] = {}
@@ -398,11 +356,3 @@ def _check_course(
     for index, prediction in enumerate(predictions):
         if not 0 <= prediction.step <= len(rows):
             raise ValueError(f"predictions[{index}] is of step {prediction.step}, after {len(rows)} steps")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
