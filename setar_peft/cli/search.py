@@ -209,6 +209,8 @@ def _table(trace: SearchTrace) -> str:
     if len(trace.rows) <= _LONGEST_TABLE and not _is_joint(trace):
         return "\n".join(lines)
     rounds = f" in {_count(_rounds(trace), 'round')}" if _is_joint(trace) else ""
+    if not changed:
+        return f"None of {len(trace.rows)} rows{rounds} changed a ratio; trace.csv has all."
     said = f"{len(changed)} of {len(trace.rows)} rows{rounds} changed a ratio and are shown; trace.csv has all."
     return "\n".join([lines[0], *(lines[1 + row.step] for row in changed), said])
 

@@ -138,6 +138,7 @@ def draw_ratios(axes: list[Axes], towers: Mapping[str, list[TraceRow]]) -> None:
         axis.set_xticks(range(len(layers)), ["head" if layer is None else str(layer) for layer in layers])
         axis.set(title=f"{tower} tower" if tower != "model" else "", xlabel="layer, from the bottom")
         axis.margins(y=0.15)
+        axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of components removed")
     if len(colours) > 1:
@@ -283,7 +284,7 @@ def _draw_predictions(axis: Axes, trace: SearchTrace, towers: Mapping[str, list[
     axis.axhline(0, color="0.85", linewidth=1, zorder=-1)
     axis.axvline(0, color="0.85", linewidth=1, zorder=-1)
     axis.margins(0.08)
-    title = f"{len(points)} evaluations"
+    title = f"{len(points) or 'no'} evaluation{'s' if len(points) > 1 else ''}"
     predicted, exact = _changes(points)
     if len(points) >= 3 and len(set(predicted)) > 1 and len(set(exact)) > 1:
         title += f", rank correlation {spearmanr(predicted, exact).statistic:.2f}"
