@@ -247,7 +247,7 @@ def _estimate(model: Any, objective: LoCoOpObjective, config: SeTARConfig) -> st
     if config.order != "joint" or (config.evaluations or math.inf) <= USUAL_ROUNDS:
         return table
     return (
-        f"{table}\nThis is for {USUAL_ROUNDS} rounds of one evaluation each, as is usual. The order joint goes on as "
+        f"{table}\nThis is for {USUAL_ROUNDS} rounds of one evaluation each. The order joint goes on as "
         "long as a round lowers the loss, and evaluates half of a round's changes again where all of them do not; "
         "--evaluations bounds it."
     )
