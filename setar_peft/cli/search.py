@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 import tempfile
 from collections.abc import Sequence
@@ -28,15 +29,17 @@ from setar_peft.objectives.locoop import TOP_K_SHARE
 from setar_peft.objectives.patch_metric import PatchMetric
 from setar_peft.processes import Processes
 from setar_peft.search.estimate import estimate_cost
+from setar_peft.search.plan import USUAL_ROUNDS
 from setar_peft.search.run import search_rank_ratios
 from setar_peft.search.trace import SearchTrace, trace_to_continue
 from setar_peft.tuner.config import DEFAULT_CANDIDATES, SeTARConfig
-from setar_peft.tuner.config_checks import CRITERIA, ORDERS
+from setar_peft.tuner.config_checks import CRITERIA, ORDERS, SCREENED_ORDERS, SEARCHES
 
 _METRICS = get_args(PatchMetric)
 _CANDIDATES = ",".join(f"{ratio:g}" for ratio in DEFAULT_CANDIDATES)
-# Of each criterion the base's loss and the column of the trace.
-_COLUMNS = {"total": ("total", "total_loss"), "id": ("id_loss", "id_loss"), "ood": ("ood_loss", "ood_loss")}
+# Of a longer table only what changed is shown: by default CLIP-L has 36 layers.
+_LONGEST_TABLE = 40
+_ALL = "all"
 _OBJECTIVE = inspect.signature(LoCoOpObjective).parameters
 
 # The options that the demo has, too.
@@ -59,11 +62,37 @@ def search(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="Weight types, separated by commas: W_q, W_k, W_v, W_o, W_up, W_down, W_p.", show_default="W_up"
+            help="Weight types, separated by commas: W_q, W_k, W_v, W_o, W_up, W_down, W_p; "
+            f"{_ALL} stands for those of the blocks, so for all but W_p.",
+            show_default="W_up",
         ),
     ] = None,
+    search: Annotated[
+        str,
+        typer.Option(
+            help=f"{' or '.join(SEARCHES)}: evaluate every candidate of a layer, or those that a gradient predicts "
+            "best."
+        ),
+    ] = SeTARConfig.search,
+    verify: Annotated[
+        int | None,
+        typer.Option(
+            help="Candidates of a layer that --search screened evaluates.", show_default="2, with best_first 1"
+        ),
+    ] = SeTARConfig.verify,
+    evaluations: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Candidates to evaluate in all at most, in the orders {' and '.join(SCREENED_ORDERS)}.",
+            show_default="as many as they take",
+        ),
+    ] = SeTARConfig.evaluations,
     order: Annotated[
-        str, typer.Option(help=f"{', '.join(ORDERS)}; or modules' full names, separated by commas.")
+        str,
+        typer.Option(
+            help=f"{', '.join(ORDERS)}; or modules' full names, separated by commas. "
+            f"{' and '.join(SCREENED_ORDERS)} need --search screened."
+        ),
     ] = str(SeTARConfig.order),
     candidates: Annotated[str, typer.Option(help="Ratios to try, separated by commas.")] = _CANDIDATES,
     passes: Annotated[int, typer.Option(help="Times to go through all layers at most.")] = SeTARConfig.passes,
@@ -102,11 +131,25 @@ def search(
     setar search openai/clip-vit-base-patch16 --images train --dry-run
     setar search openai/clip-vit-base-patch16 --images train --classes classes.json --output adapter
     setar search openai/clip-vit-base-patch16 --images train --classes classes.json --output adapter --resume
+    setar search openai/clip-vit-base-patch16 --images train --search screened --order best_first --weights all
     setar search my-classifier --images train --weights W_up,W_q --device cuda --dtype bfloat16
     ```
     """
     if criterion not in (*CRITERIA, *_METRICS):
         raise ValueError(f"--criterion is {criterion!r}; give one of {', '.join((*CRITERIA, *_METRICS))}.")
+    is_metric = criterion in _METRICS
+    # Before the model: what is wrong here is said at once.
+    config = SeTARConfig(
+        candidate_ratios=_numbers(candidates),
+        search=search,
+        verify=verify,
+        evaluations=evaluations,
+        order=_parts(order) if "." in order or "," in order else order,
+        passes=passes,
+        prune=prune,
+        criterion="total" if is_metric else criterion,
+        recording_memory=recording_memory,
+    )
     trace_path = output / "trace.json"
     if not dry_run:
         _check_output(trace_path, resume=resume, overwrite=overwrite)
@@ -115,7 +158,6 @@ def search(
         base = load_model(model, dtype=weights_dtype).to(where)
         backbone = backbone_of(base)
         names = class_names_of(images, classes, None if backbone.needs_prompts else base.config.id2label)
-        is_metric = criterion in _METRICS
         settings: dict[str, Any] = {"metric": criterion} if is_metric else {}
         objective = (PatchMetricObjective if is_metric else LoCoOpObjective)(
             load_processor(model, base),
@@ -127,15 +169,8 @@ def search(
             batch_size=batch_size,
             **settings,
         )
-        config = SeTARConfig(
-            target_modules=None if weights is None else _modules(backbone, _parts(weights)),
-            candidate_ratios=_numbers(candidates),
-            order=_parts(order) if "." in order or "," in order else order,
-            passes=passes,
-            prune=prune,
-            criterion="total" if is_metric else criterion,
-            recording_memory=recording_memory,
-        )
+        if weights is not None:
+            config.target_modules = set(_modules(backbone, _parts(weights)))
         is_first = Processes(where).is_first
         if is_first:
             matching = matching_sentence(objective.images.matched)
@@ -159,23 +194,63 @@ def search(
     has_figure = find_spec("matplotlib") is not None
     if has_figure:
         plots.search_figure(result.trace).savefig(output / "trace.png", dpi=150)
-    typer.echo(result.trace.table())
-    before, after = _COLUMNS[config.criterion]
-    first, last = getattr(result.trace.initial, before), getattr(result.trace.rows[-1], after)
+    trace = result.trace
+    typer.echo(_table(trace))
+    figure = "and trace.png." if has_figure else "no figure, for which matplotlib is missing (the extra demo)."
     typer.echo(
-        f"{criterion} {first:.6f} -> {last:.6f}. The adapter, trace.json and trace.csv are in {output}, "
-        + ("and trace.png." if has_figure else "no figure, for which matplotlib is missing (the extra demo).")
+        f"{criterion} {trace.initial.part(trace.criterion):.6f} -> {trace.minimised(trace.rows[-1]):.6f}"
+        f"{_effort(trace)}. The adapter, trace.json and trace.csv are in {output}, {figure}"
     )
+
+
+def _table(trace: SearchTrace) -> str:
+    """The trace's table; where it is long, or tells of the same rounds again and again, only what changed."""
+    lines, changed = trace.table().splitlines(), trace.changed()
+    if len(trace.rows) <= _LONGEST_TABLE and not _is_joint(trace):
+        return "\n".join(lines)
+    rounds = f" in {_count(_rounds(trace), 'round')}" if _is_joint(trace) else ""
+    if not changed:
+        return f"None of {len(trace.rows)} rows{rounds} changed a ratio; trace.csv has all."
+    said = f"{len(changed)} of {len(trace.rows)} rows{rounds} changed a ratio and are shown; trace.csv has all."
+    return "\n".join([lines[0], *(lines[1 + row.step] for row in changed), said])
+
+
+def _effort(trace: SearchTrace) -> str:
+    """What a screened search took; nothing for others."""
+    if not trace.predictions:
+        return ""
+    gradients = len({prediction.step for prediction in trace.predictions})
+    return f" by {_count(len(trace.compared()), 'evaluation')} and {_count(gradients, 'gradient')}"
+
+
+def _is_joint(trace: SearchTrace) -> bool:
+    return trace.settings.get("order") == "joint"
+
+
+def _rounds(trace: SearchTrace) -> int:
+    """Rounds of the order "joint", each of which decides every layer."""
+    return len(trace.rows) // max(1, len({row.module for row in trace.rows}))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _estimate(model: Any, objective: LoCoOpObjective, config: SeTARConfig) -> str:
     try:
-        return estimate_cost(model, objective, config).table()
+        table = estimate_cost(model, objective, config).table()
     except torch.OutOfMemoryError:
         return (
             "What the search will cost cannot be said: a batch of this size does not fit in memory. The search halves "
             "its batches until they do; a smaller --batch-size says what it costs."
         )
+    if config.order != "joint" or (config.evaluations or math.inf) <= USUAL_ROUNDS:
+        return table
+    return (
+        f"{table}\nThis is for {USUAL_ROUNDS} rounds of one evaluation each. The order joint goes on as "
+        "long as a round lowers the loss, and evaluates half of a round's changes again where all of them do not; "
+        "--evaluations bounds it."
+    )
 
 
 def _how_to_go_on(trace_path: Path, replaced: int | None) -> str:
@@ -185,10 +260,12 @@ def _how_to_go_on(trace_path: Path, replaced: int | None) -> str:
     adapter = (
         " Until then the adapter there is an earlier search's." if (trace_path.parent / CONFIG_NAME).exists() else ""
     )
-    return (
-        f"Stopped after {len(SearchTrace.load(trace_path).rows)} layers, which are in {trace_path}. To go on with the "
-        f"next, give the same command with --resume (and without --overwrite).{adapter}"
-    )
+    trace = SearchTrace.load(trace_path)
+    again = f"To go on, give the same command with --resume (and without --overwrite).{adapter}"
+    if not trace.rows:
+        return f"Stopped before anything was decided; {trace_path} holds the settings. {again}"
+    done = _count(_rounds(trace), "round") if _is_joint(trace) else _count(len(trace.rows), "layer")
+    return f"Stopped after {done}; what was decided is in {trace_path}. {again}"
 
 
 def _check_output(trace_path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -217,11 +294,14 @@ def _save(peft_model: PeftModel, output: Path) -> None:
 
 
 def _modules(backbone: Backbone, weight_types: Sequence[str]) -> list[str]:
-    twice = sorted({kind for kind in weight_types if weight_types.count(kind) > 1})
-    if twice or not all(weight_types):
+    kinds = [kind for name in weight_types for kind in (backbone.weight_names if name == _ALL else [name])]
+    twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+    if twice or not all(kinds):
         what = f"{', '.join(twice)} twice" if twice else "nothing between two commas"
+        if _ALL in weight_types and not set(twice).isdisjoint(backbone.weight_names):
+            what += f" ({_ALL} stands for {', '.join(backbone.weight_names)})"
         raise ValueError(f"--weights names {what}; name each weight type once, as in W_up,W_q.")
-    return [name for kind in weight_types for name in backbone.modules_of_type(kind)]
+    return [name for kind in kinds for name in backbone.modules_of_type(kind)]
 
 
 def _parts(text: str) -> list[str]:

@@ -80,7 +80,7 @@ class SearchPlan:
         """How often gradients are computed, at most; in the order "joint" as often as is usual."""
         if not self.is_screened:
             return 0
-        return USUAL_ROUNDS if self.order == "joint" else self.passes
+        return min(USUAL_ROUNDS, self.most_evaluations or USUAL_ROUNDS) if self.order == "joint" else self.passes
 
     def tried(self, layer: str) -> int:
         """Candidates of a layer that are evaluated each time it is visited, at most."""
@@ -100,7 +100,7 @@ class SearchPlan:
         In the order "joint" all layers are candidates together, once a round.
         """
         if self.order == "joint":
-            return min(self.rounds, self.most_evaluations or self.rounds)
+            return self.rounds
         count = 0
         for index, step in enumerate(self.steps):
             left = len(step) - index if len(step) > 1 else 1
@@ -200,7 +200,8 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
     if is_screened and isinstance(objective, Objective) and not objective.is_differentiable:
         raise ValueError(
             f"search is 'screened', which follows the gradient of the objective, and {type(objective).__name__} counts "
-            "scores above thresholds, which has none. Take search='greedy' (--search greedy), or another objective."
+            "scores above thresholds, which has none. Take search='greedy' (--search greedy), or another objective "
+            "(--criterion total, id or ood)."
         )
     searched = {location.weight_type for location in locations.values()}
     if isinstance(config.candidate_ratios, dict) and (strange := set(config.candidate_ratios) - searched - {"default"}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import defaultdict
@@ -31,7 +32,7 @@ class SearchProgress:
         # Of the layers that were evaluated: what was predicted, and what they took; both in seconds by tower.
         self._predicted: defaultdict[str, float] = defaultdict(float)
         self._taken: defaultdict[str, float] = defaultdict(float)
-        self._loss = ""
+        self._best = math.inf
         self._started = self._since = time.monotonic()
         console = Console(stderr=True)
         self._logs = shown and not console.is_terminal
@@ -65,7 +66,7 @@ class SearchProgress:
         self._left = dict(work)
         self._total = sum(work.values())
         self._since = time.monotonic()
-        self._loss = f"{loss:.6f}"
+        self._best = loss
         self._bar.update(self._task, total=self._total)
 
     def expect(self, work: Mapping[str, float]) -> None:
@@ -86,7 +87,7 @@ class SearchProgress:
             share: Share of the layer's work that is done, 0 to 1.
             seconds: Seconds that the layer was predicted to take.
         """
-        description = f"{layer.tower} {layer.level} {layer.weight_type}  ratio {ratio:.2f}  best {self._loss}"
+        description = f"{layer.tower} {layer.level} {layer.weight_type}  ratio {ratio:.2f}  best {self._best:.6f}"
         left = self._seconds_left(layer.tower, share * seconds, time.monotonic() - self._since)
         self._bar.update(
             self._task,
@@ -101,20 +102,20 @@ class SearchProgress:
         Args:
             layer: Where the layer sits.
             seconds: Seconds that they were predicted to take.
-            loss: The best value so far of what is minimised.
+            loss: The best value of what is minimised, of these candidates and those decided.
             evaluated: Whether they were evaluated, and not read from a trace.
         """
-        self._loss = f"{loss:.6f}"
+        self._best = min(self._best, loss)
         self._done(layer.tower, seconds, f"{layer.tower} {layer.level} {layer.weight_type}", evaluated=evaluated)
 
     def decided_together(self, seconds: float, changes: int, loss: float, *, evaluated: bool) -> None:
         """Count an evaluation of several changes at once as done; the rest as for `decided`."""
-        self._loss = f"{loss:.6f}"
-        self._done("all", seconds, f"{changes} changes at once", evaluated=evaluated)
+        self._best = min(self._best, loss)
+        self._done("all", seconds, f"{changes} change{'s at once' if changes > 1 else ''}", evaluated=evaluated)
 
     def predicting(self) -> None:
         """Show that a gradient is being computed."""
-        self._bar.update(self._task, description=f"gradients  best {self._loss}")
+        self._bar.update(self._task, description=f"gradients  best {self._best:.6f}")
 
     def predicted(self, seconds: float, *, evaluated: bool) -> None:
         """Count a gradient, and what it predicts, as done; the arguments as for `decided`."""
@@ -134,7 +135,7 @@ class SearchProgress:
         self._bar.update(self._task, completed=done, total=self._total)
         if self._logs:
             print(
-                f"SeTAR search {done / self._total:4.0%}  {what}  best loss {self._loss}  "
+                f"SeTAR search {done / self._total:4.0%}  {what}  best loss {self._best:.6f}  "
                 f"{now - self._started:.0f} s passed, about {self._seconds_left():.0f} s left",
                 file=sys.stderr,
                 flush=True,

@@ -93,12 +93,14 @@ class Compared(NamedTuple):
         layers: How many layers changed at once.
         predicted: To first order, summed over them.
         exact: As evaluated.
+        module: Full name of the module; of several changes at once, that of the first.
     """
 
     step: int
     layers: int
     predicted: float
     exact: float
+    module: str
 
 
 # The columns that a screened search has besides.
@@ -155,8 +157,28 @@ class SearchTrace:
             first = changes[0]
             before = self._before(first.step if first.trial is None else self._start(first.step))
             predicted = sum(self._predicted(change.step, change.module, change.rank_ratio) for change in changes)
-            compared.append(Compared(first.step, len(changes), predicted, self._minimised(first) - before))
+            exact = self.minimised(first) - before
+            compared.append(Compared(first.step, len(changes), predicted, exact, first.module))
         return compared if self.predictions else []
+
+    def changed(self) -> list[TraceRow]:
+        """The rows that gave their module another ratio than it had."""
+        ratios: dict[str, float] = {}
+        changed = []
+        for row in self.rows:
+            if row.best_ratio != ratios.get(row.module, 0.0):
+                changed.append(row)
+            ratios[row.module] = row.best_ratio
+        return changed
+
+    def minimised(self, row: TraceRow | TraceCandidate) -> float:
+        """What the search minimises, of a row or a candidate."""
+        return {"total": row.total_loss, "id": row.id_loss, "ood": row.ood_loss}[self.criterion]
+
+    @property
+    def criterion(self) -> str:
+        """Which part of the loss the search minimises: "total", "id" or "ood"."""
+        return str(self.settings.get("criterion", "total"))
 
     def _changes(self) -> list[tuple[float, ...]]:
         """What each row's decision was predicted to change, and what it changed; in the order "joint" its round's.
@@ -166,13 +188,13 @@ class SearchTrace:
         if not self.predictions:
             return [()] * len(self.rows)
         is_joint = any(candidate.trial is not None for candidate in self.candidates)
+        changed = {row.step for row in self.changed()}
         totals: dict[int, list[float]] = {}
         for row in self.rows:
             start = self._start(row.step) if is_joint else row.step
-            exact = self._minimised(row) - self._before(start)
+            exact = self.minimised(row) - self._before(start)
             predicted, _ = totals.setdefault(start, [0.0, exact])
-            was = next((one.best_ratio for one in reversed(self.rows[: row.step]) if one.module == row.module), 0.0)
-            if row.best_ratio != was:
+            if row.step in changed:
                 totals[start][0] = predicted + self._predicted(row.step, row.module, row.best_ratio)
         return [tuple(totals[self._start(row.step) if is_joint else row.step]) for row in self.rows]
 
@@ -186,14 +208,7 @@ class SearchTrace:
 
     def _before(self, step: int) -> float:
         """What is minimised, before a step."""
-        return self._minimised(self.rows[step - 1]) if step else self.initial.part(self._criterion)
-
-    def _minimised(self, row: TraceRow | TraceCandidate) -> float:
-        return {"total": row.total_loss, "id": row.id_loss, "ood": row.ood_loss}[self._criterion]
-
-    @property
-    def _criterion(self) -> str:
-        return str(self.settings.get("criterion", "total"))
+        return self.minimised(self.rows[step - 1]) if step else self.initial.part(self.criterion)
 
     def to_json(self) -> str:
         """The whole trace as JSON; numbers that are not finite, which JSON has none of, as "nan", "inf" and "-inf"."""

@@ -117,7 +117,7 @@ def check_search(config: Any) -> None:
     if config.order in SCREENED_ORDERS and config.search != "screened":
         raise ValueError(
             f"order is {config.order!r}, which goes by predictions, and search is {config.search!r}; add "
-            "search='screened', or take another order."
+            "search='screened' (--search screened), or take another order."
         )
     for name, wanted, is_used in (
         ("verify", "candidates a layer to evaluate", config.search == "screened" and config.order != "joint"),
@@ -129,8 +129,8 @@ def check_search(config: Any) -> None:
         if value is not None and not is_used:
             raise ValueError(
                 f"{name} is {value}, which search={config.search!r} with order={config.order!r} does not ask for: "
-                "verify is for search='screened' in every order but 'joint', evaluations for the orders 'best_first' "
-                "and 'joint'. Leave it out, or change those."
+                "verify is for search='screened' (--search screened) in every order but 'joint', evaluations for the "
+                "orders 'best_first' and 'joint'. Leave it out, or change those."
             )
     if config.order == "joint" and config.passes != 1:
         raise ValueError(

@@ -135,6 +135,168 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path: Path, monkeypatch: py
         assert said in text
 
 
+def _table(text: str) -> tuple[list[int], list[str]]:
+    """The steps in the table of a search, and the lines after it."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.lstrip().startswith("step "))
+    rows = [line for line in lines[start + 1 :] if line.split()[1] in ("vision", "text")]
+    return [int(row.split()[0]) for row in rows], lines[start + 1 + len(rows) :]
+
+
+SCREENED = ["--search", "screened", "--candidates", "0.1,0.2,0.4"]
+
+
+@pytest.mark.parametrize(
+    ("order", "evaluations"), [("vision_text", "14 evaluations and 1 gradient"), ("best_first", None)]
+)
+def test_a_screened_search_says_what_it_took(tmp_path: Path, order: str, evaluations: str | None) -> None:
+    code, text = _setar("--output", tmp_path, *SCREENED, "--order", order)
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    steps, (last,) = _table(text)
+    assert steps == [row.step for row in trace.rows]
+    evaluations = evaluations or f"{len(trace.candidates)} evaluations and 1 gradient"
+    losses = f"total {trace.initial.total:.6f} -> {trace.rows[-1].total_loss:.6f} by {evaluations}."
+    assert last.startswith(losses)
+    assert "predicted_change  exact_change" in text
+    assert (tmp_path / "trace.png").stat().st_size > 0
+    # What the dry run says is an upper bound.
+    counted = next(line for line in text.splitlines() if "candidates" in line)
+    assert len(trace.candidates) <= int(counted.split()[-1])
+    assert "gradients  1, with vision 4, text 3 block passes back" in text
+
+
+def test_options_of_a_screened_search_are_the_configs(tmp_path: Path) -> None:
+    code, text = _setar("--output", tmp_path, *SCREENED, "--order", "vision", "--verify", "1")
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    assert (trace.settings["search"], trace.settings["verify"], trace.settings["evaluations"]) == ("screened", 1, None)
+    assert len(trace.candidates) == len(trace.rows) == 4
+    more = ["--order", "best_first", "--evaluations", "2", "--overwrite"]
+    code, text = _setar("--output", tmp_path, *SCREENED, *more)
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    assert (trace.settings["order"], trace.settings["evaluations"]) == ("best_first", 2)
+    assert len(trace.candidates) == 2
+    assert "by 2 evaluations and 1 gradient." in text
+
+
+def test_of_rounds_the_rows_are_shown_that_changed_something(tmp_path: Path) -> None:
+    code, text = _setar("--output", tmp_path, *SCREENED, "--order", "joint", "--weights", "W_up,W_down,W_o")
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    ratios: dict[str, float] = {}
+    changed = []
+    for row in trace.rows:
+        if row.best_ratio != ratios.get(row.module, 0.0):
+            changed.append(row.step)
+        ratios[row.module] = row.best_ratio
+    rounds = len(trace.rows) // len(ratios)
+    assert rounds >= 2
+    assert 0 < len(changed) < len(trace.rows)
+    steps, after = _table(text)
+    assert steps == changed
+    assert after[0] == (
+        f"{len(changed)} of {len(trace.rows)} rows in {rounds} rounds changed a ratio and are shown; trace.csv has all."
+    )
+    assert len((tmp_path / "trace.csv").read_text().splitlines()) == 1 + len(trace.rows)
+    trials = {candidate.trial for candidate in trace.candidates}
+    assert f"by {len(trials)} evaluations and {rounds} gradients." in after[1]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_ratios"] == ratios
+
+
+def test_all_stands_for_the_weights_of_the_blocks(tmp_path: Path) -> None:
+    options = ["--output", tmp_path, "--search", "screened", "--order", "joint", "--candidates", "0.4"]
+    code, text = _setar(*options, "--evaluations", "1", "--weights", "all, W_p")
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    assert {row.weight_type for row in trace.rows} == {"W_q", "W_k", "W_v", "W_o", "W_up", "W_down", "W_p"}
+    assert len({row.module for row in trace.rows}) == 6 * (4 + 3) + 2
+    # The prediction is far off for all layers of this model at once, so that nothing is taken.
+    assert "None of 44 rows in 1 round changed a ratio; trace.csv has all." in text
+    assert "total 1.251323 -> 1.251323 by 1 evaluation and 1 gradient." in text
+    code, text = _setar(*options, "--weights", "all", "--dry-run")
+    assert code == 0, text
+    assert "layers  42" in text
+
+
+def test_a_long_table_of_any_search_shows_what_changed(tmp_path: Path) -> None:
+    options = ["--weights", "all", "--candidates", "0.3", "--order", "vision_text"]
+    code, text = _setar("--output", tmp_path, *options)
+    assert code == 0, text
+    trace = SearchTrace.load(tmp_path / "trace.json")
+    changed = [row.step for row in trace.rows if row.best_ratio > 0]
+    assert len(trace.rows) == 42
+    assert _table(text)[0] == changed
+    assert f"{len(changed)} of 42 rows changed a ratio and are shown; trace.csv has all." in text
+    assert " by " not in text.splitlines()[-1]
+
+
+def test_a_dry_run_of_rounds_says_that_they_are_not_known(tmp_path: Path) -> None:
+    joint = ["--output", tmp_path, *SCREENED, "--order", "joint", "--dry-run"]
+    code, text = _setar(*joint)
+    assert code == 0, text
+    for piece in ("candidates  3", "gradients  3", "for 3 rounds of one evaluation each", "--evaluations bounds it"):
+        assert piece in text
+    code, text = _setar(*joint, "--evaluations", "2")
+    assert code == 0, text
+    assert "rounds" not in text
+    for piece in ("candidates  2", "gradients  2, with vision 8, text 6 block passes back"):
+        assert piece in text
+
+
+def test_an_interrupted_search_of_all_layers_at_once_counts_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, save = [*SCREENED, "--order", "joint", "--output"], SearchTrace.save
+    code, text = _setar(*options, tmp_path / "whole")
+    assert code == 0, text
+    whole = SearchTrace.load(tmp_path / "whole" / "trace.json")
+    assert len(whole.rows) == 7 * 3
+    again = [*options, tmp_path / "again"]
+    for rounds, said in (
+        (0, "Stopped before anything was decided"),
+        (1, "Stopped after 1 round; what was decided is in"),
+        (2, "Stopped after 2 rounds; what was decided is in"),
+    ):
+
+        def interrupted(trace: SearchTrace, path: Path, rows: int = 7 * rounds) -> None:
+            save(trace, path)
+            if len(trace.rows) == rows:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SearchTrace, "save", interrupted)
+            code, text = _setar(*again, *(["--resume"] if rounds else []))
+        assert code == 130
+        assert said in text
+        assert "same command with --resume" in text
+    code, text = _setar(*again, "--resume")
+    assert code == 0, text
+    assert SearchTrace.load(tmp_path / "again" / "trace.json") == whole
+
+
+def test_a_metric_has_no_gradient_to_screen_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before an image is read."""
+
+    def read(*_: object) -> None:
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr(Image, "open", read)
+    code, text = _setar("--output", tmp_path / "out", "--search", "screened", "--criterion", "auroc")
+    assert code == 1
+    for piece in ("search is 'screened'", "PatchMetricObjective", "--search greedy", "--criterion total, id or ood"):
+        assert piece in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    options = ["--images", CASES / "images", "--output", tmp_path / "out", "--order", "joint"]
+    result = CliRunner().invoke(app, ["search", "no-such-model", *map(str, options)])
+    assert result.exit_code == 1
+    assert "order is 'joint', which goes by predictions" in result.output
+
+
 def test_a_batch_that_does_not_fit_does_not_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def enter(tower: Tower, inputs: Any) -> Any:
         if tower.name == "vision" and len(inputs["pixel_values"]) > 12:
@@ -271,6 +433,20 @@ def test_of_two_processes_the_first_speaks_and_writes(tmp_path: Path) -> None:
         (["--order", "sideways"], "order is 'sideways'"),
         (["--weights", "W_up, W_q,W_up"], "--weights names W_up twice"),
         (["--weights", "W_up,"], "--weights names nothing between two commas"),
+        (["--weights", "all,W_q"], "--weights names W_q twice (all stands for W_q, W_k, W_v, W_o, W_up, W_down)"),
+        (["--weights", "all,all"], "names W_down, W_k, W_o, W_q, W_up, W_v twice (all stands for"),
+        (["--weights", "all,W_p,W_p"], "--weights names W_p twice; name each weight type once"),
+        (["--weights", "all,W_x"], "no weights 'W_x'; it has W_q, W_k, W_v, W_o, W_up, W_down, W_p"),
+        (["--search", "fast"], "search is 'fast'; give one of 'greedy', 'screened'"),
+        (["--verify", "2"], "verify is 2, which search='greedy' with order='vision_text' does not ask for"),
+        (["--verify", "2"], "verify is for search='screened' (--search screened)"),
+        (["--search", "screened", "--verify", "0"], "verify is 0; give the number of candidates a layer"),
+        (["--search", "screened", "--order", "joint", "--verify", "2"], "verify is 2, which search='screened' with"),
+        (["--search", "screened", "--evaluations", "9"], "evaluations for the orders 'best_first' and 'joint'"),
+        (["--search", "screened", "--order", "joint", "--evaluations", "0"], "evaluations is 0; give the number of"),
+        (["--order", "best_first"], "order is 'best_first', which goes by predictions, and search is 'greedy'"),
+        (["--order", "best_first"], "add search='screened' (--search screened), or take another order"),
+        (["--search", "screened", "--order", "joint", "--passes", "2"], "passes is 2, and order 'joint' goes on"),
         (["--candidates", "0.1,0.1"], "give each ratio once"),
         (["--dtype", "int8"], "The precision is 'int8'; give one of float32, tf32, bfloat16, float16."),
         (["--dtype", "tf32", "--device", "cpu"], "--dtype tf32 is how CUDA GPUs multiply, and the device is cpu"),

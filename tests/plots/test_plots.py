@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from setar_peft import SeTARConfig, plots, search_rank_ratios
+from setar_peft import plots
 from setar_peft.detection.metrics import auroc, fpr_at_tpr
 from setar_peft.objectives.loss import LossValues
 from setar_peft.search.trace import SearchTrace, TraceRow
@@ -152,13 +152,3 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ValueError, match=r"pip install setar-peft\[demo\]"):
         plots.rank_ratio_figure(TRACE)
-
-
-def test_a_search_at_a_glance(clip_objective: Callable[..., Any], load_clip: Callable[..., Any]) -> None:
-    trace = search_rank_ratios(load_clip(), clip_objective(), SeTARConfig(order="exhaustive"), progress=False).trace
-    figure = plots.search_figure(trace)
-    titles = [axis.get_title() for axis in figure.axes]
-    assert titles[:2] == ["vision tower", "text tower"]
-    grid = next(axis for axis in figure.axes if axis.images).images[0].get_array()
-    assert grid.shape == (9, len(trace.rows))
-    figure.canvas.draw()

@@ -83,3 +83,16 @@ def test_layers_are_weighed_by_what_their_candidates_cost() -> None:
     assert plan.work(Costs({}, 0.5)) == {"vision": 2.0, "text": 2.0}  # a callable runs in full for each
     together = SearchPlan(Model, locations, [list(locations)] * 4, candidates, 1)  # type: ignore[arg-type]
     assert sum(together.work(costs).values()) == 2.5 * 44
+
+
+def test_the_best_of_a_layers_candidates_stays_the_best(capfd: pytest.CaptureFixture[str]) -> None:
+    """A screened search evaluates them one by one, and the second may be the worse one."""
+    bar = SearchProgress(shown=True)
+    bar.begin({"vision": 20.0, "all": 10.0}, 0.5)
+    bar.decided(VISION, 10.0, 0.4, evaluated=True)
+    bar.decided(VISION, 10.0, 0.45, evaluated=True)
+    assert "best loss 0.400000" in _last(capfd)
+    bar.decided_together(5.0, 3, 0.45, evaluated=True)
+    assert "3 changes at once  best loss 0.400000" in _last(capfd)
+    bar.decided_together(5.0, 1, 0.3, evaluated=True)
+    assert "1 change  best loss 0.300000" in _last(capfd)
