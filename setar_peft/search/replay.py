@@ -195,11 +195,14 @@ class ReplayEvaluator(Evaluator):
             self.present()
         assert self._sums is not None
         slope, at_present = self._objective.slope(self._sums, criterion), self._classes()
+        text = None
+        if self._prompts is not None and self._prompts.tower.name in self._lowest:
+            # By the model as it is: there may be no room to keep them, so that they are computed here.
+            text = torch.cat([self._prompts.features(batch)[0].float() for batch in range(len(self._prompts))])
         with self._leaves() as leaves, torch.enable_grad():
             inputs: list[Tensor] = list(leaves.values())
-            classes, text = at_present, None
-            if self._prompts is not None and self._prompts.tower.name in self._lowest:
-                text = torch.cat([self._prompts.features(batch)[0].float() for batch in range(len(self._prompts))])
+            classes = at_present
+            if text is not None:
                 of_text = self._backbone.class_weights(text.requires_grad_())
                 classes = of_text._replace(weight=of_text.weight.detach().requires_grad_())
                 inputs.append(classes.weight)
