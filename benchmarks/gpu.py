@@ -57,12 +57,13 @@ def steps(device: str, shape: str) -> Iterator[Step]:
     else:
         yield Step("search_tiny", [*search, "--shape", "tiny", *small], 60)
     yield Step("search_bfloat16", [*search, "--precision", "bfloat16", "--profile"], 150)
-    yield Step("search_tf32", [*search, "--precision", "tf32"], 120)
+    yield Step("search_tf32", [*search, "--precision", "tf32"], 150)
     yield Step("decompositions", _decompositions(device, shape), 60)
     once = ["--runs", "1", "--no-bound"]
     # Little memory for recordings: on the device and computed again; with none of it, on disk.
     for name, memory in (("search_1_gib", "1"), ("search_on_disk", "0")):
         yield Step(name, [*search, "--recording-memory", memory, *once], 90)
+    once += ["--no-screened"]
     if device == "cuda":  # half of what is free holds most of them; the rest is pinned
         yield Step("search_pinned", [*search, "--leave-free", "6", *once], 60)
     yield Step("search_batches_of_64", [*search, "--batch-size", "64", *once], 60)

@@ -1,17 +1,21 @@
-"""What a search costs: by replay, against the same search with every candidate evaluated in full through both towers.
+"""What a search costs: greedy and screened, against the greedy one with every candidate evaluated in full.
 
-Both take the same decisions on the same random CLIP and decompose each weight once. Each runs in a process of its own,
-so that the peak of one is not the other's. In both, glibc keeps freed memory (docs/search.md), so that work is timed
-and not the page faults of one heap or another; --default-malloc leaves that out.
+All search the same random CLIP with the same data and decompose each weight once; `full`, through both towers by the
+stock forward, takes the decisions of `greedy`. Each runs in a process of its own, so that the peak of one is not the
+other's. In all, glibc keeps freed memory (docs/search.md), so that work is timed and not the page faults of one heap or
+another; --default-malloc leaves that out. The weights are random, so that hardly any truncation may lower the loss:
+what a search finds on models that were trained, `python -m benchmarks.screening` says.
 
     python -m benchmarks.search_cost                    # ViT-B/32 shapes, 32 images, 50 classes, 8 candidates
-    python -m benchmarks.search_cost --candidates 2     # the same ratio, four times sooner
+    python -m benchmarks.search_cost --candidates 2     # full / greedy as above, four times sooner
+    python -m benchmarks.search_cost --ways greedy,best_first,verify
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -19,8 +23,9 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import CLIPConfig, CLIPModel
@@ -29,9 +34,20 @@ from benchmarks.machine import synchronize
 from setar_peft import Objective, SeTARConfig, search_rank_ratios
 from setar_peft.backbones import ImageFeatures, backbone_of
 from setar_peft.objectives.loss import LossValues, locoop_sums, locoop_values
+from setar_peft.search.trace import SearchTrace
 
 # Read by glibc when a process starts.
 KEEP_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**29)}
+# What can be measured, in the order in which it is: what takes longest comes last.
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "best_first": {"search": "screened", "order": "best_first"},
+    "verify": {"search": "screened", "verify": 2},
+    "joint": {"search": "screened", "order": "joint"},
+    "full": {},
+}
+# A fall of the loss below this is rounding, of which no share is told.
+SMALLEST_FALL = 1e-6
 RATIOS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
 SHAPES: dict[str, dict[str, dict[str, int]]] = {
     "tiny": {
@@ -111,21 +127,40 @@ def full_evaluation(model: CLIPModel, objective: RandomImages) -> float:
     return objective.values(sums).total
 
 
-def count_passes(model: CLIPModel) -> Counter[str]:
-    """Count, from here on, the inputs that a search takes through each tower's blocks, the last one included."""
-    rows: Counter[str] = Counter()
+class Passes(NamedTuple):
+    """Inputs that a search takes through each tower's blocks, the last one included.
+
+    Attributes:
+        there: On the way to the features.
+        back: On the way back to the weights' gradients.
+    """
+
+    there: Counter[str]
+    back: Counter[str]
+
+
+def count_passes(model: CLIPModel) -> Passes:
+    """Count passes from here on."""
+    passes = Passes(Counter(), Counter())
+
+    def count(name: str, rows: int, result: torch.Tensor) -> None:
+        passes.there[name] += rows
+        passes.back[name] += rows * result.requires_grad
+
     for kind in {type(tower) for tower in backbone_of(model).towers.values()}:
 
         def step(self: Any, entry: Any, level: int, hidden: torch.Tensor, call: Any = kind.step) -> Any:
-            rows[self.name] += entry.rows * (level < len(self.blocks) - 1)
-            return call(self, entry, level, hidden)
+            result = call(self, entry, level, hidden)
+            count(self.name, entry.rows * (level < len(self.blocks) - 1), result)
+            return result
 
         def finish(self: Any, entry: Any, hidden: torch.Tensor, call: Any = kind.finish) -> Any:
-            rows[self.name] += entry.rows
-            return call(self, entry, hidden)
+            result = call(self, entry, hidden)
+            count(self.name, entry.rows, result[0])
+            return result
 
         kind.step, kind.finish = step, finish  # type: ignore[method-assign]
-    return rows
+    return passes
 
 
 def time_of_passes(model: CLIPModel, objective: RandomImages, rows: Counter[str], device: str) -> float:
@@ -149,13 +184,13 @@ def time_of_passes(model: CLIPModel, objective: RandomImages, rows: Counter[str]
 
 
 def measure(way: str, options: dict[str, Any]) -> dict[str, Any]:
-    """One search, "replay" or "full": seconds, peak memory in MiB above the model's, decisions."""
+    """One search, one of `WAYS`: seconds, passes, evaluations, peak memory in MiB above the model's, what it found."""
     torch.set_num_threads(options["threads"])
     model = random_clip(options["shape"]).to(options["device"])
     size = model.config.vision_config.image_size
     objective = RandomImages(options["images"], options["classes"], size, options["batch_size"])
-    config = SeTARConfig(candidate_ratios=list(RATIOS[: options["candidates"]]))
-    target: Any = objective if way == "replay" else lambda candidate: full_evaluation(candidate, objective)
+    config = SeTARConfig(candidate_ratios=list(RATIOS[: options["candidates"]]), **WAYS[way])
+    target: Any = (lambda candidate: full_evaluation(candidate, objective)) if way == "full" else objective
     full_evaluation(model, objective)  # warm-up; the first pass also pays for what is set up once
     before = _peak_mebibytes(options["device"])
     rows = count_passes(model)
@@ -163,18 +198,53 @@ def measure(way: str, options: dict[str, Any]) -> dict[str, Any]:
     result = search_rank_ratios(model, target, config, progress=options["progress"])
     synchronize(options["device"])
     seconds = time.perf_counter() - start
+    peak = _peak_mebibytes(options["device"]) - before
+    evaluations = evaluations_of(result.trace)
     inputs = {"vision": options["images"], "text": options["classes"]}
-    passes = {tower: count / inputs[tower] for tower, count in rows.items()}
+    passes, back = ({tower: count[tower] / inputs[tower] for tower in inputs} for count in rows)
     if way == "full":
-        evaluations = 1 + len(result.trace.candidates)
-        passes = {name: evaluations * len(tower.blocks) for name, tower in backbone_of(model).towers.items()}
-    return {
+        passes = {name: (1 + evaluations) * len(tower.blocks) for name, tower in backbone_of(model).towers.items()}
+    figures = {
         "seconds": seconds,
         "block_passes": passes,
-        "floor_seconds": time_of_passes(model, objective, rows, options["device"]),
-        "peak_mebibytes": _peak_mebibytes(options["device"]) - before,
+        "block_passes_back": back,
+        "evaluations": evaluations,
+        "peak_mebibytes": peak,
+        "initial_loss": result.trace.initial.total,
+        "final_loss": result.trace.rows[-1].total_loss,
         "rank_ratios": result.rank_ratios,
-        "loss": result.trace.rows[-1].total_loss,
+    }
+    if way == "greedy":
+        figures["floor_seconds"] = time_of_passes(model, objective, rows.there, options["device"])
+    return figures
+
+
+def evaluations_of(trace: SearchTrace) -> int:
+    """Losses that a search computed after that of the base; changes that were evaluated together are one."""
+    return len({one[:3] if one.trial is None else one.trial for one in trace.candidates})
+
+
+def share_of_fall(fall: float, of_greedy: float) -> float | None:
+    """How much of greedy's fall of the loss another search reaches; None where greedy's is rounding."""
+    return fall / of_greedy if of_greedy >= SMALLEST_FALL else None
+
+
+def comparisons(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Each search but the greedy one beside it, if that was measured.
+
+    Returns:
+        Way -> "share_of_greedys_fall" (of the loss) and "times_as_fast_as_greedy".
+    """
+    if "greedy" not in results:
+        return {}
+    falls = {way: figures["initial_loss"] - figures["final_loss"] for way, figures in results.items()}
+    return {
+        way: {
+            "share_of_greedys_fall": share_of_fall(falls[way], falls["greedy"]),
+            "times_as_fast_as_greedy": results["greedy"]["seconds"] / figures["seconds"],
+        }
+        for way, figures in results.items()
+        if way != "greedy"
     }
 
 
@@ -196,10 +266,19 @@ def add_size_options(
     parser.add_argument("--device", default=device, choices=["cpu", "cuda"])
 
 
+def _ways(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in WAYS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(WAYS)}")
+    return [way for way in WAYS if way in names]
+
+
 def main() -> None:
-    """Measure both ways and print their ratio."""
+    """Measure all ways and print how they compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_options(parser, shape="base32", images=32, classes=50, batch_size=32, device="cpu")
+    parser.add_argument("--ways", type=_ways, default=list(WAYS), help=f"by default all: {','.join(WAYS)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--default-malloc", action="store_true", help="let glibc give freed memory back")
     parser.add_argument("--progress", action="store_true", help="show the searches' progress bars")
@@ -208,26 +287,37 @@ def main() -> None:
     target = options.pop("json")
     if not options["default_malloc"]:
         os.environ.update(KEEP_FREED_MEMORY)
-    results = {}
-    for way in ("replay", "full"):
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    results: dict[str, dict[str, Any]] = {}
+    for way in options["ways"]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results[way] = pool.apply(measure, (way, options))
-        seconds, peak = results[way]["seconds"], results[way]["peak_mebibytes"]
-        print(f"{way:>6}: {seconds:8.1f} s, peak {peak:7.0f} MiB above the model's", flush=True)
-    ratio = results["full"]["seconds"] / results["replay"]["seconds"]
-    same = results["full"]["rank_ratios"] == results["replay"]["rank_ratios"]
-    gap = abs(results["full"]["loss"] - results["replay"]["loss"])
-    floor = results["replay"]["seconds"] / results["replay"]["floor_seconds"]
-    print(f"replay / a plain loop over the same block passes: {floor:.2f}")
-    equal = "equal" if same else "DIFFER"
-    print(f"full / replay: {ratio:.2f} times the time; decisions {equal}, losses within {gap:.1e}")
-    if target:
-        versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        target.write_text(
-            json.dumps(
-                {"options": options, "versions": versions, "ratio": ratio, "floor_ratio": floor, **results}, indent=1
-            )
-        )
+        print(_line(way, results[way]), flush=True)
+        if target:  # after each, so that a run which is cut off leaves what it has
+            figures = {"options": options, "versions": versions, "comparisons": comparisons(results), **results}
+            target.write_text(json.dumps(figures, indent=1) + "\n")
+    for way, beside in comparisons(results).items():
+        share = beside["share_of_greedys_fall"]
+        fall = f"{math.nan if share is None else 100 * share:.1f} % of its fall of the loss"
+        print(f"{way:>10}: {beside['times_as_fast_as_greedy']:.2f} times as fast as greedy, {fall}")
+    if "greedy" in results:
+        floor = results["greedy"]["seconds"] / results["greedy"]["floor_seconds"]
+        print(f"greedy / a plain loop over the same block passes: {floor:.2f}")
+    if {"greedy", "full"} <= results.keys():
+        greedy, full = results["greedy"], results["full"]
+        equal = "equal" if full["rank_ratios"] == greedy["rank_ratios"] else "DIFFER"
+        gap = abs(full["final_loss"] - greedy["final_loss"])
+        ratio = full["seconds"] / greedy["seconds"]
+        print(f"full / greedy: {ratio:.2f} times the time; decisions {equal}, losses within {gap:.1e}")
+
+
+def _line(way: str, figures: Mapping[str, Any]) -> str:
+    there, back = (sum(figures[name].values()) for name in ("block_passes", "block_passes_back"))
+    return (
+        f"{way:>10}: {figures['seconds']:8.1f} s, {there:.0f} block passes there and {back:.0f} back, "
+        f"{figures['evaluations']} evaluations, peak {figures['peak_mebibytes']:.0f} MiB above the model's, "
+        f"loss {figures['initial_loss']:.6f} -> {figures['final_loss']:.6f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The whole search on a GPU in one precision, and the share it reaches of the bound that its operations set.
 
-The bound is the time of the search's matrix products, as counted while it runs once more, at the GPU's peak rate: that
-of its data sheet, with the rate of one large product measured beside it.
+The greedy search, and then two screened ones: best first, and two candidates a layer. The bound is the time of a
+search's matrix products, there and back, as counted while it runs once more, at the GPU's peak rate: that of its data
+sheet, with the rate of one large product measured beside it. A screened search's gradients are float32 also where the
+model is not, so that in half precision its bound is lower than it could be.
 
     python -m benchmarks.search_gpu             # CLIP-B/16, 1,000 images, 1,000 classes, 8 candidates, 24 layers
     python -m benchmarks.search_gpu --device cpu --shape tiny --images 16 --classes 10 --precision float32
@@ -24,7 +26,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import described, device_name, measured_peak, synchronize
-from benchmarks.search_cost import RATIOS, RandomImages, add_size_options, random_clip
+from benchmarks.search_cost import (
+    RATIOS,
+    WAYS,
+    RandomImages,
+    add_size_options,
+    comparisons,
+    evaluations_of,
+    random_clip,
+)
 from setar_peft import SeTARConfig, search_rank_ratios
 from setar_peft.backbones.loading import PRECISIONS, precision
 
@@ -38,6 +48,7 @@ PEAKS = {
     "RTX 4090": {"bfloat16": 165.2, "float16": 165.2, "tf32": 82.6, "float32": 82.6},
 }
 KERNELS_SHOWN = 20
+SCREENED = ("best_first", "verify")
 
 
 def sheet_peak(device: str, name: str) -> float | None:
@@ -91,48 +102,80 @@ def filled_but_for(gibibytes: float) -> torch.Tensor:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Figures of whole searches, part by part: seconds and what was found, then a profile, then the bound."""
+    """Figures of whole searches, part by part.
+
+    Yields:
+        Of the greedy search seconds and what it found, then a profile, then the bound; then of the screened ones the
+        same but for the profile, under "screened".
+    """
     with precision(options.precision) as dtype:
         model = random_clip(options.shape).to(options.device, dtype)
         size = model.config.vision_config.image_size
         filled = filled_but_for(options.leave_free) if options.leave_free is not None else None
+        measured = None if options.no_bound else measured_peak(options.device, dtype)
 
-        def search(images: int, candidates: int) -> Any:
+        def search(way: str, images: int, candidates: int) -> Any:
             objective = RandomImages(images, options.classes, size, options.batch_size)
             objective.prompt_batch_size = options.prompt_batch_size
-            config = SeTARConfig(candidate_ratios=list(RATIOS[:candidates]), recording_memory=options.recording_memory)
+            settings = {**WAYS[way], "recording_memory": options.recording_memory}
+            config = SeTARConfig(candidate_ratios=list(RATIOS[:candidates]), **settings)
             return lambda: search_rank_ratios(model, objective, config, progress=False)
 
-        search(min(options.images, options.batch_size), 1)()  # what is set up once
-        whole = search(options.images, options.candidates)
-        runs = [timed(options.device, whole) for _ in range(options.runs)]
-        seconds, result = statistics.median(run[0] for run in runs), runs[0][2]
-        yield {
-            "seconds": seconds,
-            "seconds_of_each_run": [run[0] for run in runs],
-            "peak_mebibytes_above_model": runs[0][1],
-            "same_decisions_in_each_run": all(run[2].rank_ratios == result.rank_ratios for run in runs),
-            "rank_ratios": result.rank_ratios,
-            "initial_loss": result.trace.initial.total,
-            "final_loss": result.trace.rows[-1].total_loss,
-        }
+        def whole(way: str) -> dict[str, Any]:
+            search(way, min(options.images, options.batch_size), 1)()  # what is set up once
+            return found(options, search(way, options.images, options.candidates))
+
+        def bound(way: str, seconds: float) -> dict[str, Any]:
+            return bound_of(options, search(way, options.images, options.candidates), seconds, measured)
+
+        greedy = whole("greedy")
+        yield greedy
         if options.profile:
-            yield {"profile": profiled(options.device, search(options.images, 1))}
-        if not options.no_bound:
-            with FlopCounterMode(display=False) as counter:
-                whole()
-            sheet, measured = sheet_peak(options.device, options.precision), measured_peak(options.device, dtype)
-            operations = counter.get_total_flops()
-            bound = operations / ((sheet or measured) * 1e12)
-            yield {
-                "operations": operations,
-                "data_sheet_tflops": sheet,
-                "measured_tflops": measured,
-                "bound_seconds": bound,
-                "share_of_bound": bound / seconds,
-                "share_of_measured_rate": operations / (measured * 1e12) / seconds,
-            }
+            yield {"profile": profiled(options.device, search("greedy", options.images, 1))}
+        yield bound("greedy", greedy["seconds"])
+        screened: dict[str, Any] = {}
+        for way in () if options.no_screened else SCREENED:
+            screened[way] = whole(way)
+            beside = comparisons({"greedy": greedy, way: screened[way]})[way]
+            screened[way] |= beside | bound(way, screened[way]["seconds"])
+            yield {"screened": screened}
         del filled
+
+
+def found(options: argparse.Namespace, search: Callable[[], Any]) -> dict[str, Any]:
+    """Seconds of a search, the median of some runs, and what it found."""
+    runs = [timed(options.device, search) for _ in range(options.runs)]
+    result = runs[0][2]
+    return {
+        "seconds": statistics.median(run[0] for run in runs),
+        "seconds_of_each_run": [run[0] for run in runs],
+        "peak_mebibytes_above_model": runs[0][1],
+        "same_decisions_in_each_run": all(run[2].rank_ratios == result.rank_ratios for run in runs),
+        "rank_ratios": result.rank_ratios,
+        "evaluations": evaluations_of(result.trace),
+        "initial_loss": result.trace.initial.total,
+        "final_loss": result.trace.rows[-1].total_loss,
+    }
+
+
+def bound_of(
+    options: argparse.Namespace, search: Callable[[], Any], seconds: float, measured: float | None
+) -> dict[str, Any]:
+    """The bound of a search that took so many seconds, at the rate that was measured; nothing without one."""
+    if measured is None:
+        return {}
+    with FlopCounterMode(display=False) as counter:
+        search()
+    sheet, operations = sheet_peak(options.device, options.precision), counter.get_total_flops()
+    bound = operations / ((sheet or measured) * 1e12)
+    return {
+        "operations": operations,
+        "data_sheet_tflops": sheet,
+        "measured_tflops": measured,
+        "bound_seconds": bound,
+        "share_of_bound": bound / seconds,
+        "share_of_measured_rate": operations / (measured * 1e12) / seconds,
+    }
 
 
 def main() -> None:
@@ -145,7 +188,8 @@ def main() -> None:
     parser.add_argument("--leave-free", type=float, help="fill the GPU's memory but for so many GiB")
     parser.add_argument("--runs", type=int, default=3, help="searches that the median is taken over")
     parser.add_argument("--profile", action="store_true", help="profile one more search, with one candidate")
-    parser.add_argument("--no-bound", action="store_true", help="leave out the search that counts operations")
+    parser.add_argument("--no-bound", action="store_true", help="leave out the searches that count operations")
+    parser.add_argument("--no-screened", action="store_true", help="leave out the screened searches")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -159,9 +203,15 @@ def main() -> None:
         if options.json:  # after each part, so that a run which is cut off leaves what it has
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    name, median = device_name(options.device), f"median of {options.runs}"
+    searches = {"greedy": figures, **figures.get("screened", {})}
+    taken = "; ".join(f"{way} {_summary(of_search)}" for way, of_search in searches.items())
+    print(f"{options.precision:>8} on {name}, {median}: {taken}", flush=True)
+
+
+def _summary(figures: dict[str, Any]) -> str:
     share = f", {figures['share_of_bound']:.0%} of the bound" if "share_of_bound" in figures else ""
-    name = device_name(options.device)
-    print(f"{options.precision:>8} on {name}: {figures['seconds']:.2f} s (median of {options.runs}){share}", flush=True)
+    return f"{figures['seconds']:.2f} s{share}"
 
 
 if __name__ == "__main__":
