@@ -89,8 +89,9 @@ class Objective(ABC):
     def slope(self, sums: Tensor, criterion: str = "total") -> Tensor:
         """The derivative of the loss, or of a part of it, by each of its sums.
 
-        By central differences of `values` in float64: for a loss that is linear in a sum, or a ratio of sums, right to
-        about 1e-10.
+        By central differences of `values` in float64, 2^-17 of the sum away, and of 1 for a sum below 1: for a loss
+        that is linear in a sum, or a ratio of sums, right to about 1e-10. Override it for a loss that bends within
+        that.
 
         Args:
             sums: Over all images, (k,).
@@ -98,6 +99,9 @@ class Objective(ABC):
 
         Returns:
             (k,), float64, on the CPU.
+
+        Raises:
+            ValueError: If `values` fails so near to the sums.
         """
         at = sums.detach().to("cpu", torch.float64)
         slope = torch.zeros_like(at)
@@ -107,7 +111,14 @@ class Objective(ABC):
             for end in (value - step, value + step):
                 moved = at.clone()
                 moved[index] = end
-                ends.append(self.values(moved).part(criterion))
+                try:
+                    ends.append(self.values(moved).part(criterion))
+                except (ValueError, ArithmeticError) as error:
+                    raise ValueError(
+                        f"{type(self).__name__}.values fails where sums[{index}] is {end:g} and not {value:g} "
+                        f"({error}), so that its slope is not known. Override slope(sums, criterion), or search with "
+                        "search='greedy' (--search greedy)."
+                    ) from error
             slope[index] = (ends[1] - ends[0]) / (2 * step)
         return slope
 

@@ -71,12 +71,17 @@ class Evaluator(TruncatedLayers, ABC):
         Raises:
             ValueError: If there is no gradient, it is not finite, or it is 0 for every layer.
         """
-        if torch.is_inference_mode_enabled():
+        try:
+            gradients = self.gradients(criterion)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what ran without a gradient before
             raise ValueError(
-                "A screened search needs gradients, and within torch.inference_mode() there are none. Search outside "
-                "of it; nothing else that the search computes keeps a graph."
-            )
-        gradients = self.gradients(criterion)
+                f"The gradient of the objective cannot be computed ({str(error).splitlines()[0]}). It has to be one "
+                "real number, by operations that have a derivative, with nothing on the way written in place or kept "
+                "for the next batch, and without backward() of its own. Or search with search='greedy' (--search "
+                "greedy)."
+            ) from error
         largest = {layer: float(gradient.abs().max()) for layer, gradient in gradients.items()}
         bad = [layer for layer, value in largest.items() if not math.isfinite(value)]
         if bad:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -175,8 +176,8 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
 
     Raises:
         ValueError: If the model has adapters, the objective is none or not one of the model's classes or has no such
-            criterion, no layer or no order fits, candidates are given for weights that are not searched, or none of any
-            layer removes anything.
+            criterion, no layer or no order fits, a screened search has no gradient to follow, candidates are given for
+            weights that are not searched, or none of any layer removes anything.
     """
     adapted = next((name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)), None)
     if adapted is not None:
@@ -197,6 +198,11 @@ def plan_search(model: nn.Module, objective: Any, config: SeTARConfig) -> Search
     visited = {name for step in steps for name in step}
     locations = {name: location for name, location in locations.items() if name in visited}
     is_screened = config.search == "screened"
+    if is_screened and torch.is_inference_mode_enabled():
+        raise ValueError(
+            "A screened search needs gradients, and within torch.inference_mode() there are none. Search outside of "
+            "it; nothing else that the search computes keeps a graph."
+        )
     if is_screened and isinstance(objective, Objective) and not objective.is_differentiable:
         raise ValueError(
             f"search is 'screened', which follows the gradient of the objective, and {type(objective).__name__} counts "

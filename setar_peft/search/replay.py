@@ -118,16 +118,20 @@ class ReplayEvaluator(Evaluator):
                 of_text = self._backbone.class_weights(text.requires_grad_())
                 classes = of_text._replace(weight=of_text.weight.detach().requires_grad_())
                 inputs.append(classes.weight)
+            followed = self._zeros(1)[0, 0]
             for batch, labels in enumerate(self._labels):
                 features = self._embedded(self._differentiable(self._images, batch))
                 sums = self._objective.sums(features, classes, labels)
-                if not sums.requires_grad:
-                    raise ValueError(
-                        f"{type(self._objective).__name__}.sums gives numbers without a gradient, and a screened "
-                        "search follows it. Compute them from features and classes in torch, without detach() and "
-                        "float(), or search with search='greedy' (--search greedy)."
-                    )
-                torch.autograd.backward((sums * slope.to(sums)).sum(), inputs=inputs)
+                # Of a batch in which nothing counts they may be constants.
+                if sums.requires_grad:
+                    torch.autograd.backward((sums * slope.to(sums)).sum(), inputs=inputs)
+                    followed += 1
+            if not self._processes.total(followed):
+                raise ValueError(
+                    f"{type(self._objective).__name__}.sums gives numbers without a gradient, and a screened "
+                    "search follows it. Compute them from features and classes in torch, without detach() and "
+                    "float(), or search with search='greedy' (--search greedy)."
+                )
             if text is not None and classes.weight.grad is not None:
                 (of_prompts,) = torch.autograd.grad(of_text.weight, text, classes.weight.grad)
                 self._pass_on(of_prompts, list(leaves.values()))
