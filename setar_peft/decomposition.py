@@ -211,7 +211,7 @@ class _OneSided(Decomposition):
         vectors, root = self.vectors[:, components], self.s[components].sqrt()
         with exact_float32(self.weight.device):
             # A component that float32 cannot tell from 0 has one side of its own length and the other of none.
-            scale = torch.where(self.s[components] > 1e-7 * self.s.amax(), 1 / root, 0)
+            scale = torch.where(self.s[components] > 1e-7 * self.s[:1], 1 / root, 0)
             long, short = (self._tall(self.weight.float()) @ vectors) * scale, vectors * root
         left, right = (short, long) if self._is_wide else (long, short)
         return Residual(left.contiguous(), right.T.contiguous())

@@ -82,7 +82,9 @@ class Evaluator(TruncatedLayers, ABC):
                 "for the next batch, and without backward() of its own. Or search with search='greedy' (--search "
                 "greedy)."
             ) from error
-        largest = {layer: float(gradient.abs().max()) for layer, gradient in gradients.items()}
+        largest = {
+            layer: float(gradient.abs().max()) if gradient.numel() else 0.0 for layer, gradient in gradients.items()
+        }
         bad = [layer for layer, value in largest.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(

@@ -371,3 +371,5 @@ def _check_course(
     for index, prediction in enumerate(predictions):
         if not 0 <= prediction.step <= len(rows):
             raise ValueError(f"predictions[{index}] is of step {prediction.step}, after {len(rows)} steps")
+        if not (math.isfinite(prediction.change) and math.isfinite(prediction.energy)):
+            raise ValueError(f"predictions[{index}] is of a change of {prediction.change} and {prediction.energy}")

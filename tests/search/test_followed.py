@@ -143,3 +143,18 @@ def test_an_estimate_within_inference_mode_gets_the_searchs_sentence(
 ) -> None:
     with torch.inference_mode(), pytest.raises(ValueError, match=r"within torch\.inference_mode\(\) there are none"):
         estimate_cost(load_clip(), clip_objective(), SCREENED)
+
+
+def test_a_layer_without_inputs_is_predicted_to_change_nothing() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="Initializing zero-element tensors"):
+        model = nn.ModuleDict({"full": nn.Linear(8, 4), "empty": nn.Linear(0, 4)})
+    inputs = torch.linspace(-1, 1, 24).view(3, 8)
+    trace = search_rank_ratios(
+        model,
+        lambda model: (model["full"](inputs) + model["empty"](inputs[:, :0])).square().mean(),
+        SeTARConfig(search="screened", target_modules=["full", "empty"], candidate_ratios=[0.5]),
+        progress=False,
+    ).trace
+    assert {one.change for one in trace.predictions if one.module == "empty"} == {0}
+    assert {row.module: row.best_ratio for row in trace.rows}["empty"] == 0
