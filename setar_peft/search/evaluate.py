@@ -82,16 +82,7 @@ class Evaluator(TruncatedLayers, ABC):
                 "for the next batch, and without backward() of its own. Or search with search='greedy' (--search "
                 "greedy)."
             ) from error
-        largest = {
-            layer: float(gradient.abs().max()) if gradient.numel() else 0.0 for layer, gradient in gradients.items()
-        }
-        bad = [layer for layer, value in largest.items() if not math.isfinite(value)]
-        if bad:
-            raise ValueError(
-                f"The gradient of {bad[0]} holds NaN or infinity ({len(bad)} of {len(gradients)} layers), so it "
-                "predicts nothing. Search with search='greedy' (--search greedy), which needs no gradient."
-            )
-        if not any(largest.values()):
+        if not any(gradient.any() for gradient in gradients.values()):
             raise ValueError(
                 "The gradient of the objective is 0 for every layer: it does not depend on their weights, or by counts "
                 "alone, which have no gradient. Search with search='greedy' (--search greedy)."
@@ -99,6 +90,17 @@ class Evaluator(TruncatedLayers, ABC):
         predictions = {}
         for layer, ratios in candidates.items():
             predictions[layer] = self.predicted(layer, gradients.pop(layer), (0.0, *ratios))
+        bad = [
+            layer
+            for layer, of_layer in predictions.items()
+            if not all(math.isfinite(prediction.change) for prediction in of_layer.values())
+        ]
+        if bad:
+            raise ValueError(
+                f"The gradient of {bad[0]} holds NaN or infinity ({len(bad)} of {len(predictions)} layers), or is too "
+                "large for a product with the weight, so it predicts nothing. Search with search='greedy' (--search "
+                "greedy), which needs no gradient."
+            )
         return predictions
 
 

@@ -158,3 +158,17 @@ def test_a_layer_without_inputs_is_predicted_to_change_nothing() -> None:
     ).trace
     assert {one.change for one in trace.predictions if one.module == "empty"} == {0}
     assert {row.module: row.best_ratio for row in trace.rows}["empty"] == 0
+
+
+def test_a_product_that_overflows_predicts_nothing() -> None:
+    """Gradient and weight are finite, and what is summed is not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    config = SeTARConfig(search="screened", target_modules=["0", "2"], candidate_ratios=[0.25, 0.5])
+    with pytest.raises(ValueError, match=r"gradient of 0 holds NaN or inf.* \(1 of 2 layers\), or is too large"):
+        search_rank_ratios(
+            model,
+            lambda model: sum(weight.double().sum() * 1e38 for weight in model.parameters()),
+            config,
+            progress=False,
+        )
