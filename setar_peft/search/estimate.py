@@ -179,7 +179,7 @@ def _estimate(plan: SearchPlan, backbone: Backbone, objective: Objective, config
         max(0, entries - room),
         _weight_bytes(plan, backbone.model),
         max(cost.activation_bytes for cost in costs.values()) + loss_bytes,
-        _gradient_bytes(plan, backbone, objective, config) if plan.is_screened else 0,
+        _gradient_bytes(plan, backbone, objective, config, len(batches)) if plan.is_screened else 0,
         seconds,
     )
 
@@ -191,10 +191,15 @@ def _seconds_of_ends(plan: SearchPlan, of_one: Mapping[str, float]) -> float:
     return sum(of_one[plan.locations[layer].tower] * plan.tried(layer) * plan.passes for layer in plan.locations)
 
 
-def _gradient_bytes(plan: SearchPlan, backbone: Backbone, objective: Objective, config: SeTARConfig) -> int:
-    """What the gradient takes, seen on the first batch: its graph, the prompts', and the layers' gradients."""
+def _gradient_bytes(
+    plan: SearchPlan, backbone: Backbone, objective: Objective, config: SeTARConfig, batches: int
+) -> int:
+    """What the gradient takes, seen on the first batch: its graph, the prompts', and the layers' gradients.
+
+    Where there are several batches that one comes twice: the gradients of those before stand beside its graph.
+    """
     first = copy.copy(objective)
-    first.batches = lambda: islice(objective.batches(), 1)  # type: ignore[method-assign]
+    first.batches = lambda: (batch for batch in islice(objective.batches(), 1) for _ in range(batches))  # type: ignore[method-assign]
     evaluator = ReplayEvaluator(
         first,
         backbone,
