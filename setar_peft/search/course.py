@@ -122,6 +122,8 @@ class Course:
         return ([decision] for decision in greedy)
 
     def _steps_of_pass(self) -> Steps:
+        if len(self.trace.candidates) == self._plan.most_evaluations:  # a gradient would have nothing to choose
+            return []
         if self._plan.is_screened:
             predictions = self._predict()
         if self._plan.order != "best_first":

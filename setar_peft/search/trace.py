@@ -68,7 +68,7 @@ class TraceCandidate(NamedTuple):
 
 
 class TracePrediction(NamedTuple):
-    """What a gradient predicted of one candidate of a screened search (see `screened.Prediction`).
+    """What a gradient predicted of one candidate of a screened search (see `decisions.Prediction`).
 
     Attributes:
         step: The first step that went by it.

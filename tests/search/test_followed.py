@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,6 +137,23 @@ def test_a_callable_that_cannot_be_followed_gets_a_sentence(objective: Any, reas
         search_rank_ratios(model, objective, config, progress=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_budget_that_is_spent_takes_no_further_gradient(
+    load_clip: Clip, clip_objective: Objective, tmp_path: Path
+) -> None:
+    """Nor does the search that a trace is resumed from, whose last pass it is."""
+    config = SeTARConfig(search="screened", order="best_first", evaluations=3, passes=3)
+    path = tmp_path / "trace.json"
+    trace = search_rank_ratios(load_clip(), clip_objective(), config, progress=False, trace_path=path).trace
+    assert len(trace.candidates) == 3
+    assert len(trace.changed()) > 0
+    assert {one.step for one in trace.predictions} == {0}
+    assert len(trace.rows) == len({row.module for row in trace.rows})
+    resumed = search_rank_ratios(
+        load_clip(), clip_objective(), config, progress=False, trace_path=path, resume=True
+    ).trace
+    assert resumed == trace
 
 
 def test_an_estimate_within_inference_mode_gets_the_searchs_sentence(
