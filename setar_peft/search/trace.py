@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -148,18 +149,20 @@ class SearchTrace:
 
     def compared(self) -> list[Compared]:
         """Every evaluation of a screened search beside what was predicted of it, in order."""
+        if not self.predictions:
+            return []
         evaluations: dict[Any, list[TraceCandidate]] = {}
         for candidate in self.candidates:
             key = candidate[:3] if candidate.trial is None else candidate.trial
             evaluations.setdefault(key, []).append(candidate)
-        compared = []
+        compared, told = [], _Told(self.predictions)
         for changes in evaluations.values():
             first = changes[0]
-            before = self._before(first.step if first.trial is None else self._start(first.step))
-            predicted = sum(self._predicted(change.step, change.module, change.rank_ratio) for change in changes)
+            before = self._before(first.step if first.trial is None else told.start(first.step))
+            predicted = sum(told.change(change.step, change.module, change.rank_ratio) for change in changes)
             exact = self.minimised(first) - before
             compared.append(Compared(first.step, len(changes), predicted, exact, first.module))
-        return compared if self.predictions else []
+        return compared
 
     def changed(self) -> list[TraceRow]:
         """The rows that gave their module another ratio than it had."""
@@ -188,23 +191,15 @@ class SearchTrace:
         if not self.predictions:
             return [()] * len(self.rows)
         is_joint = any(candidate.trial is not None for candidate in self.candidates)
-        changed = {row.step for row in self.changed()}
+        changed, told = {row.step for row in self.changed()}, _Told(self.predictions)
         totals: dict[int, list[float]] = {}
         for row in self.rows:
-            start = self._start(row.step) if is_joint else row.step
+            start = told.start(row.step) if is_joint else row.step
             exact = self.minimised(row) - self._before(start)
             predicted, _ = totals.setdefault(start, [0.0, exact])
             if row.step in changed:
-                totals[start][0] = predicted + self._predicted(row.step, row.module, row.best_ratio)
-        return [tuple(totals[self._start(row.step) if is_joint else row.step]) for row in self.rows]
-
-    def _start(self, step: int) -> int:
-        """The first step that goes by the same gradient as this one."""
-        return max((one.step for one in self.predictions if one.step <= step), default=0)
-
-    def _predicted(self, step: int, module: str, ratio: float) -> float:
-        wanted = (self._start(step), module, ratio)
-        return next((one.change for one in self.predictions if one[:3] == wanted), math.nan)
+                totals[start][0] = predicted + told.change(row.step, row.module, row.best_ratio)
+        return [tuple(totals[told.start(row.step) if is_joint else row.step]) for row in self.rows]
 
     def _before(self, step: int) -> float:
         """What is minimised, before a step."""
@@ -279,6 +274,22 @@ class SearchTrace:
                 f"{path} is the trace of another search: {'; '.join(differences)}. Search with what it was made with, "
                 "or start anew with another trace_path (--output)."
             )
+
+
+class _Told:
+    """Finds what was predicted, of which a search in rounds over all layers has tens of thousands."""
+
+    def __init__(self, predictions: Sequence[TracePrediction]) -> None:
+        self._starts = sorted({one.step for one in predictions})
+        self._changes = {one[:3]: one.change for one in predictions}
+
+    def start(self, step: int) -> int:
+        """The first step that goes by the same gradient as this one."""
+        return self._starts[max(0, bisect_right(self._starts, step) - 1)]
+
+    def change(self, step: int, module: str, ratio: float) -> float:
+        """What was predicted of a module's ratio in a step; NaN for nothing."""
+        return self._changes.get((self.start(step), module, ratio), math.nan)
 
 
 def trace_to_continue(path: str | Path, *, resume: bool, overwrite: bool) -> SearchTrace | None:
