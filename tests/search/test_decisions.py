@@ -42,24 +42,25 @@ def test_without_surprise_the_best_predicted_come_first() -> None:
 
 
 def test_a_candidate_that_went_too_far_is_followed_by_a_smaller_step() -> None:
-    """Exact changes -r + 5 r^2 have their least value at 0.1; one evaluation at 0.4 shows the curvature."""
-    exact = {ratio: -ratio + 5 * ratio**2 for ratio in RATIOS}
-    assert _evaluated(GROWING, exact, 2) == [0.4, 0.1]
-    # One that fell short by less still leaves a larger step the best.
-    assert _evaluated(GROWING, {ratio: -ratio + 1.2 * ratio**2 for ratio in RATIOS}, 2) == [0.4, 0.3]
+    """One evaluation at 0.4 shows by how much; the bend is a power of the energy, here r^4."""
+    assert _evaluated(GROWING, {ratio: -ratio + 0.2 * (ratio / 0.4) ** 4 for ratio in RATIOS}, 2) == [0.4, 0.3]
+    assert _evaluated(GROWING, {ratio: -ratio + 1.0 * (ratio / 0.4) ** 4 for ratio in RATIOS}, 2) == [0.4, 0.2]
+    assert _evaluated(GROWING, {ratio: -ratio + 9.0 * (ratio / 0.4) ** 4 for ratio in RATIOS}, 2) == [0.4, 0.1]
 
 
-def test_the_curvature_is_fitted_to_all_that_was_evaluated() -> None:
-    """Through (0.16, 0.8) and (0.01, -0.1) in energy and what was missed: least squares, by hand."""
-    exact = {0.4: 0.4, 0.1: -0.2, 0.2: 0.0, 0.3: 0.0}
-    factor = (0.16 * 0.8 + 0.01 * -0.1) / (0.16**2 + 0.01**2)
-    expected = min((0.2, 0.3), key=lambda ratio: -ratio + factor * ratio**2)
-    assert _evaluated(GROWING, exact, 3)[:3] == [0.4, 0.1, expected]
-
-
-def test_one_that_went_further_down_than_predicted_does_not_call_for_larger_steps() -> None:
+def test_one_that_went_further_down_than_predicted_is_followed_by_a_larger_step() -> None:
     losing = {ratio: Prediction(ratio, ratio**2) for ratio in RATIOS}
-    assert _evaluated(losing, dict.fromkeys(RATIOS, -1.0), 4) == [0.1, 0.2, 0.3, 0.4]
+    assert _evaluated(losing, {ratio: ratio for ratio in RATIOS}, 2) == [0.1, 0.2]
+    assert _evaluated(losing, {ratio: ratio - (ratio / 0.1) ** 4 * 0.01 for ratio in RATIOS}, 2) == [0.1, 0.4]
+
+
+def test_the_factor_is_fitted_to_all_that_was_evaluated() -> None:
+    """Through two points of the energy's power and what was missed there: least squares, by hand."""
+    exact = {0.4: 0.4, 0.2: -0.15, 0.1: 0.0, 0.3: 0.0}
+    high, low = 0.16**2, 0.04**2
+    factor = (high * 0.8 + low * 0.05) / (high**2 + low**2)
+    expected = min((0.1, 0.3), key=lambda ratio: -ratio + factor * ratio**4)
+    assert _evaluated(GROWING, exact, 3) == [0.4, 0.2, expected]
 
 
 def test_what_has_no_finite_loss_teaches_nothing() -> None:
@@ -69,8 +70,8 @@ def test_what_has_no_finite_loss_teaches_nothing() -> None:
 def test_only_gains_leaves_out_what_is_no_gain_in_the_light_of_what_was_seen() -> None:
     losing = {ratio: Prediction(ratio, ratio**2) for ratio in RATIOS}
     assert _evaluated(losing, dict.fromkeys(RATIOS, 0.0), 2, only_gains=True) == []
-    assert _evaluated(losing, dict.fromkeys(RATIOS, 0.0), 2) == [0.1, 0.2]  # in every other order they are tried
-    exact = {ratio: -ratio + 50 * ratio**2 for ratio in RATIOS}
+    assert _evaluated(losing, {ratio: ratio for ratio in RATIOS}, 2) == [0.1, 0.2]  # in other orders they are tried
+    exact = {ratio: -ratio + 1e3 * ratio**4 for ratio in RATIOS}
     assert _evaluated(GROWING, exact, 9, only_gains=True) == [0.4]
 
 
