@@ -242,11 +242,12 @@ class SearchTrace:
             initial = _row(LossValues, parts[0], "initial")
             rows = [_row(TraceRow, row, f"rows[{index}]") for index, row in enumerate(parts[1])]
             candidates = [_row(TraceCandidate, row, f"candidates[{index}]") for index, row in enumerate(parts[2])]
-            # Traces from before there were screened searches have none.
+            # Traces from before there were screened searches have neither.
+            settings = {"search": "greedy", **_part(data, "settings", dict)}
             predicted = _part(data, "predictions", list) if "predictions" in data else []
             predictions = [_row(TracePrediction, row, f"predictions[{index}]") for index, row in enumerate(predicted)]
             _check_course(initial, rows, candidates, predictions)
-            return cls(initial, rows, candidates, _part(data, "settings", dict), predictions)
+            return cls(initial, rows, candidates, settings, predictions)
         except (ValueError, OverflowError) as error:
             raise ValueError(
                 f"{path} is no trace of a search, or a damaged one: {error}. Give a file that SearchTrace.save wrote, "

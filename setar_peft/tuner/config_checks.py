@@ -110,7 +110,7 @@ def check_search(config: Any) -> None:
             raise ValueError(
                 f"order is {config.order!r}; give one of {', '.join(map(repr, ORDERS))}, or a list of module names."
             )
-    elif not config.order or not _is_names(config.order):
+    elif not config.order or not isinstance(config.order, (list, tuple)) or not _is_names(config.order):
         raise ValueError(f"order is {config.order!r}; an explicit order is a list of module names, top first.")
     if config.search not in SEARCHES:
         raise ValueError(f"search is {config.search!r}; give one of {', '.join(map(repr, SEARCHES))}.")
