@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 from setar_peft.search.plan import SearchPlan, lowest_levels
@@ -77,7 +76,7 @@ def block_passes(plan: SearchPlan, depths: Mapping[str, int]) -> BlockPasses:
     """Block passes of a whole search, at most: as if every decision changed its layer.
 
     In an order that lets layers compete, as if the cheapest to evaluate and the dearest to record were decided first.
-    In the order "best_first" as if the dearest came first and each changed the lowest block of every tower. In the
+    In the order "best_first" as if each evaluation took all inputs through every block of each searched tower. In the
     order "joint" for the usual number of rounds.
 
     Args:
@@ -93,20 +92,20 @@ def block_passes(plan: SearchPlan, depths: Mapping[str, int]) -> BlockPasses:
                 passes.change(tower, level)
             passes.present()
         return passes
-    left: float = plan.most_evaluations or math.inf
     for _ in range(plan.passes):
         if plan.is_screened:
             passes.gradient(lowest)
-        steps = sorted(plan.steps, key=lambda step: -plan.passes_of(step[0])) if plan.order != "steps" else plan.steps
-        for index, step in enumerate(steps):
+        for index, step in enumerate(plan.steps if plan.order == "steps" else []):
             competing = sorted(step, key=plan.passes_of, reverse=True)[: len(step) - index] if len(step) > 1 else step
             for layer in competing:
                 tower, level, _ = plan.locations[layer]
-                tried = int(min(left, plan.tried(layer)))
-                if tried:
-                    passes.evaluate(tower, level, tried)
-                left -= tried
-            is_known = len(step) == 1 and plan.order == "steps"
-            for tower, level in [plan.locations[step[0]][:2]] if is_known else lowest.items():
+                passes.evaluate(tower, level, plan.tried(layer))
+            for tower, level in [plan.locations[step[0]][:2]] if len(step) == 1 else lowest.items():
                 passes.change(tower, level)
+        for tower, level in lowest.items() if plan.order == "best_first" else ():
+            passes.change(tower, level)
+    if plan.order == "best_first":
+        # Its own tower's blocks below the layer and above, or another tower's features: each is a pass of all at most.
+        for tower in lowest:
+            passes.count[tower] += plan.evaluations() * depths[tower]
     return passes

@@ -64,6 +64,7 @@ def decompositions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
                 {"target_modules": ["visual_projection", "mlp.fc1"], "order": "best_first"},
                 {"target_modules": ALL, "order": "best_first", "passes": 2},
                 {"target_modules": ALL, "order": "best_first", "verify": 2, "evaluations": 5},
+                {"target_modules": ALL, "order": "best_first", "evaluations": 1},
                 {"order": BOTTOM_UP[2:]},
                 {"order": "joint"},
                 {"target_modules": ALL, "order": "joint", "evaluations": 4},
