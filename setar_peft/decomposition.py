@@ -247,8 +247,8 @@ def decompose(
         seed: Seed of the random draw. One draw a layer: `name` is mixed into the seed, so that the draw
             depends neither on the order of layers nor on the process.
         name: Name of the layer, for the errors and for the random draw.
-        by_gram: Whether by the eigenvectors of the smaller Gram matrix, W^T W or W W^T, in float64, which takes about
-            half as long as an SVD and is nearer to the exact split than one in float32 (`python -m
+        by_gram: Whether by the eigenvectors of the smaller Gram matrix, W^T W or W W^T, in float64, which takes a
+            little more than half as long as an SVD and is nearer to the exact split than one in float32 (`python -m
             benchmarks.decompositions`). By default on a GPU alone, whose SVD is iterative and slow (pytorch issue
             41306): on a CPU LAPACK's SVD repeats the published code's figures to its own rounding. A float64 weight,
             of which a Gram matrix would lose half the digits, always goes through an SVD.

@@ -206,9 +206,9 @@ def search(
 def _table(trace: SearchTrace) -> str:
     """The trace's table; where it is long, or tells of the same rounds again and again, only what changed."""
     lines, changed = trace.table().splitlines(), trace.changed()
-    if len(trace.rows) <= _LONGEST_TABLE and not _is_joint(trace):
+    if len(trace.rows) <= _LONGEST_TABLE and not trace.is_joint:
         return "\n".join(lines)
-    rounds = f" in {_count(_rounds(trace), 'round')}" if _is_joint(trace) else ""
+    rounds = f" in {_count(_rounds(trace), 'round')}" if trace.is_joint else ""
     if not changed:
         return f"None of {len(trace.rows)} rows{rounds} changed a ratio; trace.csv has all."
     said = f"{len(changed)} of {len(trace.rows)} rows{rounds} changed a ratio and are shown; trace.csv has all."
@@ -221,10 +221,6 @@ def _effort(trace: SearchTrace) -> str:
         return ""
     gradients = len({prediction.step for prediction in trace.predictions})
     return f" by {_count(len(trace.compared()), 'evaluation')} and {_count(gradients, 'gradient')}"
-
-
-def _is_joint(trace: SearchTrace) -> bool:
-    return trace.settings.get("order") == "joint"
 
 
 def _rounds(trace: SearchTrace) -> int:
@@ -264,7 +260,7 @@ def _how_to_go_on(trace_path: Path, replaced: int | None) -> str:
     again = f"To go on, give the same command with --resume (and without --overwrite).{adapter}"
     if not trace.rows:
         return f"Stopped before anything was decided; {trace_path} holds the settings. {again}"
-    done = _count(_rounds(trace), "round") if _is_joint(trace) else _count(len(trace.rows), "layer")
+    done = _count(_rounds(trace), "round") if trace.is_joint else _count(len(trace.rows), "layer")
     return f"Stopped after {done}; what was decided is in {trace_path}. {again}"
 
 

@@ -60,7 +60,7 @@ class LossValues(NamedTuple):
     ood_patch_share: float = math.nan
 
     def part(self, criterion: str) -> float:
-        """What a search minimises: "total", or one of its parts, "id" or "ood"."""
+        """What a search minimises: "total", or one of its parts, "id" or "ood" (the config's `criterion`)."""
         return float({"total": self.total, "id": self.id_loss, "ood": self.ood_loss}[criterion])
 
 

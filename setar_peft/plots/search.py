@@ -97,7 +97,7 @@ def search_figure(trace: SearchTrace) -> Figure:
     _draw_candidates(candidates, trace, sweeps, lower)
     for axis, names, below in zip(candidates, labels, is_labelled, strict=True):
         axis.set_xticks(range(len(names)), names if below else [""] * len(names), rotation=90, fontsize=8)
-    if len(sweeps) == 1 and not _is_joint(trace):
+    if len(sweeps) == 1 and not trace.is_joint:
         losses.sharex(candidates[0])
         losses.tick_params(labelbottom=False)
     return figure
@@ -164,13 +164,9 @@ def _sweeps(trace: SearchTrace) -> list[list[TraceRow]]:
     return sweeps
 
 
-def _is_joint(trace: SearchTrace) -> bool:
-    return any(candidate.trial is not None for candidate in trace.candidates)
-
-
 def _draw_losses(axis: Axes, trace: SearchTrace, sweeps: list[list[TraceRow]]) -> None:
     base, what = trace.initial.part(trace.criterion), _LOSSES[trace.criterion]
-    if _is_joint(trace):
+    if trace.is_joint:
         tried = list({candidate.trial: trace.minimised(candidate) for candidate in trace.candidates}.values())
         best = list(accumulate((value if math.isfinite(value) else math.inf for value in tried), min, initial=base))
         axis.step(range(len(best)), best, where="post", color=ID_COLOUR)
@@ -208,7 +204,7 @@ def _draw_candidates(axes: list[Axes], trace: SearchTrace, sweeps: list[list[Tra
     finite = np.abs(np.concatenate([grid[np.isfinite(grid)] for grid in grids]))
     # The darkest colours are left out: dots and rings are to be seen on the others.
     reach = 1.25 * float(finite.max(initial=0.0)) or 1.0
-    sweep = "round" if _is_joint(trace) else "pass"
+    sweep = "round" if trace.is_joint else "pass"
     what = (
         "each candidate's predicted change (rings: evaluated; dots: chosen)"
         if trace.predictions

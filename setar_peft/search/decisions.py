@@ -164,6 +164,9 @@ def screened(
         most: How many are evaluated at most.
         criterion: What is minimised.
         only_gains: Leave out what no gain is predicted of, in the light of what was evaluated.
+
+    Returns:
+        Ratio -> losses of what was evaluated, in that order; ratio 0 stands for the whole weight.
     """
     tried: dict[float, LossValues] = {}
     while len(tried) < min(most, len(ratios)):
@@ -197,6 +200,9 @@ def by_gain(predictions: Predictions, ratios: Callable[[str], Sequence[float]]) 
     Args:
         predictions: What is predicted.
         ratios: `layer -> ratios` that are candidates; others that are predicted are not.
+
+    Returns:
+        Layer -> ratio; layers without a predicted gain are not in it.
     """
     gains: dict[str, tuple[float, float]] = {}
     for layer, of_layer in predictions.items():

@@ -103,7 +103,8 @@ class CostEstimate:
 def estimate_cost(model: nn.Module, objective: Objective, config: SeTARConfig | None = None) -> CostEstimate:
     """Predict the cost of `search_rank_ratios` with the same arguments; the model is left as it was.
 
-    Two batches are run through the towers: the first warms up, the second is timed.
+    Two batches are run through the towers: the first warms up, the second is timed. For a screened search the gradient
+    is computed on the first, twice where there are several, to see its memory.
 
     Args:
         model: A model of a known family, without adapters.
@@ -188,6 +189,8 @@ def _seconds_of_ends(plan: SearchPlan, of_one: Mapping[str, float]) -> float:
     """Seconds of the towers' ends, which every candidate goes through, from those of one by tower."""
     if plan.order == "joint":
         return plan.evaluations() * sum(of_one.values())
+    if plan.order == "best_first":
+        return plan.evaluations() * max(of_one.values())
     return sum(of_one[plan.locations[layer].tower] * plan.tried(layer) * plan.passes for layer in plan.locations)
 
 

@@ -68,6 +68,9 @@ class Evaluator(TruncatedLayers, ABC):
             criterion: "total", "id" or "ood".
             candidates: Layer -> ratios, each above 0.
 
+        Returns:
+            Layer -> ratio, 0 included -> prediction.
+
         Raises:
             ValueError: If there is no gradient, it is not finite, or it is 0 for every layer.
         """

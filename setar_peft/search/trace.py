@@ -179,6 +179,11 @@ class SearchTrace:
         return {"total": row.total_loss, "id": row.id_loss, "ood": row.ood_loss}[self.criterion]
 
     @property
+    def is_joint(self) -> bool:
+        """Whether all layers were decided at once, in rounds of one row a layer (order "joint")."""
+        return self.settings.get("order") == "joint"
+
+    @property
     def criterion(self) -> str:
         """Which part of the loss the search minimises: "total", "id" or "ood"."""
         return str(self.settings.get("criterion", "total"))
@@ -190,16 +195,15 @@ class SearchTrace:
         """
         if not self.predictions:
             return [()] * len(self.rows)
-        is_joint = any(candidate.trial is not None for candidate in self.candidates)
         changed, told = {row.step for row in self.changed()}, _Told(self.predictions)
         totals: dict[int, list[float]] = {}
         for row in self.rows:
-            start = told.start(row.step) if is_joint else row.step
+            start = told.start(row.step) if self.is_joint else row.step
             exact = self.minimised(row) - self._before(start)
             predicted, _ = totals.setdefault(start, [0.0, exact])
             if row.step in changed:
                 totals[start][0] = predicted + told.change(row.step, row.module, row.best_ratio)
-        return [tuple(totals[told.start(row.step) if is_joint else row.step]) for row in self.rows]
+        return [tuple(totals[told.start(row.step) if self.is_joint else row.step]) for row in self.rows]
 
     def _before(self, step: int) -> float:
         """What is minimised, before a step."""

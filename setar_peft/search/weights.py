@@ -150,6 +150,9 @@ class TruncatedLayers:
             layer: The layer.
             gradient: Of what is minimised by the layer's weight, (m, n), with all layers as they are at present.
             ratios: The ratios; 0 for the whole weight.
+
+        Returns:
+            Ratio -> prediction; of a ratio that is the present one, no change.
         """
         decomposition, present = self._decomposition(layer), self.rank_ratios[layer]
         contributions = decomposition.contributions(gradient).double()

@@ -293,7 +293,7 @@ def test_names_of_sixty_layers_in_three_rounds_do_not_overlap() -> None:
             rows.append(TraceRow(step, tower, kind, level, 0.1, 0.9, 0.9, 0.0, 50.0, 10.0, name))
             candidates.append(TraceCandidate(step, name, 0.1, 0.9, 0.9, 0.0, 0.5, 0.1, number))
             predictions.append(TracePrediction(60 * number, name, 0.1, -0.01, 0.1))
-    figure = plots.search_figure(SearchTrace(LossValues(1.0), rows, candidates, {}, predictions))
+    figure = plots.search_figure(SearchTrace(LossValues(1.0), rows, candidates, {"order": "joint"}, predictions))
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     assert max(figure.get_size_inches()) < 20

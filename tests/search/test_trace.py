@@ -33,7 +33,7 @@ def test_what_was_predicted_is_found_in_one_look() -> None:
             self.looks += 1
             return super().__iter__()
 
-    trace = SearchTrace(LossValues(1.0), settings={"criterion": "total"}, predictions=Counting())
+    trace = SearchTrace(LossValues(1.0), settings={"criterion": "total", "order": "joint"}, predictions=Counting())
     for step in range(0, 2000, 100):
         loss = 1 - step / 4000
         for layer in range(100):
